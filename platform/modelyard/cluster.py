@@ -1,0 +1,138 @@
+"""The one seam to Ray's cluster state.
+
+Everything that decides reads a tuple of `Node` values; only `RayCluster` asks Ray for them. Tests pass a
+`FakeCluster`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ray.runtime_context import RuntimeContext
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of the cluster at one moment; resources by Ray's names (`CPU`, `GPU`, `memory` in bytes)."""
+
+    node_id: str
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    alive: bool = True
+    draining: bool = False
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether new work may be placed here."""
+        return self.alive and not self.draining
+
+    def matches(self, selector: Mapping[str, str]) -> bool:
+        """Whether the labels satisfy a Ray label selector: `v`, `!v`, `in(a,b)`, `!in(a,b)`."""
+        return all(_label_matches(self.labels.get(key), wanted) for key, wanted in selector.items())
+
+    def fits(self, resources: Mapping[str, float], *, among: Mapping[str, float] | None = None) -> int:
+        """How many copies of `resources` fit into `among` (default: what is free)."""
+        pool = self.free if among is None else among
+        # Ray counts in units of 0.0001, so a small tolerance keeps 0.1 * 10 from losing a copy.
+        wanted = {name: amount for name, amount in resources.items() if amount > 0}
+        if not wanted:
+            return 1 << 30
+        return min(int(pool.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
+
+
+class Cluster(Protocol):
+    """What a decision may know of a cluster."""
+
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes, dead and draining ones included."""
+        ...
+
+    def max_resources(self) -> Mapping[str, float] | None:
+        """The most of each resource that an autoscaler may ever bring up, or None when the size is fixed."""
+        ...
+
+
+@dataclass(frozen=True)
+class FakeCluster:
+    """A cluster of plain data, for tests and dry runs."""
+
+    members: Sequence[Node]
+    limits: Mapping[str, float] | None = None
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes it was given."""
+        return tuple(self.members)
+
+    def max_resources(self) -> Mapping[str, float] | None:
+        """The limits it was given."""
+        return self.limits
+
+
+class RayCluster:
+    """The cluster this process is connected to."""
+
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes Ray knows of, with their free resources as last reported (about a second old)."""
+        import ray
+        from ray._private import state
+
+        free = state.available_resources_per_node()
+        draining = state.state.get_draining_nodes()
+        return tuple(
+            Node(
+                node_id=entry["NodeID"],
+                total=entry["Resources"],
+                free=free.get(entry["NodeID"], {}),
+                labels=entry.get("Labels") or {},
+                alive=entry["Alive"],
+                draining=entry["NodeID"] in draining,
+            )
+            for entry in ray.nodes()
+        )
+
+    def max_resources(self) -> Mapping[str, float] | None:
+        """Limits of the cluster's autoscaler config; None for a cluster of fixed size."""
+        from ray._private import state
+
+        limits: Mapping[str, float] | None = state.state.get_max_resources_from_cluster_config()
+        return limits
+
+
+def connect(**options: Any) -> RuntimeContext:
+    """Join the Ray cluster this process belongs to, or start a local one; no-op when already connected.
+
+    As with `ray.init`: `RAY_ADDRESS` (set inside `ray job submit`) names the cluster; without it a cluster that was
+    started on this machine is joined; else, or with `RAY_ADDRESS=local`, one is started for this process, without a
+    dashboard.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        _quiet_ray()
+        if os.environ.get("RAY_ADDRESS", "local") == "local" and "address" not in options:
+            options = {"include_dashboard": False, **options}
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+        logger.info("connected to Ray at %s", ray.get_runtime_context().gcs_address)
+    return ray.get_runtime_context()
+
+
+def _quiet_ray() -> None:
+    """Defaults for a fresh session; whatever the user set stays."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+def _label_matches(actual: str | None, wanted: str) -> bool:
+    negated = wanted.startswith("!")
+    body = wanted[1:] if negated else wanted
+    values = {v.strip() for v in body[3:-1].split(",")} if body.startswith("in(") and body.endswith(")") else {body}
+    return (actual in values) != negated
