@@ -1,0 +1,209 @@
+"""Everything a preparation can be told. Imports neither ray nor torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from modelyard.config import Config
+
+Paths = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class PyDocs(Config):
+    """The documentation inside this Python: the language reference's topics and the library's docstrings."""
+
+    kind: Literal["pydocs"] = "pydocs"
+    docstrings: bool = True
+    """Also take every docstring of the standard library (read from its source; nothing is imported)."""
+
+
+class TextFiles(Config):
+    """Files of UTF-8 text."""
+
+    kind: Literal["text"] = "text"
+    paths: Paths
+    """Files, folders (searched with `pattern`, and below) or globs; local or `s3://`."""
+    pattern: str = "*.txt"
+    """Which file names are read from a folder, e.g. `*.md`; `*` takes all."""
+    separator: str | None = Field(default=None, min_length=1)
+    """Text between two documents of one file, e.g. a blank line `"\\n\\n"`; None: a file is one document."""
+
+
+class JsonLines(Config):
+    """Files with one JSON object per line (`.gz` too)."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    paths: Paths
+    """Files, folders (`*.jsonl`, `*.jsonl.gz`) or globs; local or `s3://`."""
+    text_column: str = "text"
+    """Key that holds the text."""
+
+
+class Parquet(Config):
+    """Parquet files with a column of text."""
+
+    kind: Literal["parquet"] = "parquet"
+    paths: Paths
+    """Files, folders (`*.parquet`) or globs; local or `s3://`."""
+    text_column: str = "text"
+    """Column that holds the text."""
+
+
+class SklearnDigits(Config):
+    """scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels."""
+
+    kind: Literal["sklearn_digits"] = "sklearn_digits"
+
+
+class ImageFolder(Config):
+    """A folder with one sub-folder of images per class."""
+
+    kind: Literal["image_folder"] = "image_folder"
+    path: str
+    """The folder; local or `s3://`. Its sub-folders name the classes."""
+
+
+class ImageParquet(Config):
+    """Parquet files with a column of images: encoded bytes (PNG, JPEG), or arrays of pixels."""
+
+    kind: Literal["image_parquet"] = "image_parquet"
+    paths: Paths
+    """Files, folders (`*.parquet`) or globs; local or `s3://`."""
+    image_column: str = "image"
+    """Column of bytes, of `{bytes: ...}` structs, or of lists of pixels (rows of a picture may be nested)."""
+    label_column: str = "label"
+    """Column of class names or numbers."""
+    pixel_max: float = Field(default=255.0, gt=0)
+    """The value of a white pixel, when the column holds arrays of pixels."""
+
+
+TextSource = PyDocs | TextFiles | JsonLines | Parquet
+ImageSource = SklearnDigits | ImageFolder | ImageParquet
+SourceConfig = Annotated[
+    PyDocs | TextFiles | JsonLines | Parquet | SklearnDigits | ImageFolder | ImageParquet,
+    Field(discriminator="kind"),
+]
+_IMAGE_KINDS = {"sklearn_digits", "image_folder", "image_parquet"}
+
+
+class Splits(Config):
+    """Shares of the documents, decided by a hash of the content: a document never changes its split."""
+
+    train: float = Field(default=0.9, gt=0, le=1)
+    """Share to train on."""
+    validation: float = Field(default=0.1, ge=0, lt=1)
+    """Share to watch during training; 0 leaves the split out."""
+    test: float = Field(default=0.0, ge=0, lt=1)
+    """Share to keep for the end; 0 leaves the split out."""
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Self:
+        total = self.train + self.validation + self.test
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"train + validation + test must be 1, but is {total:g}")
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """The splits that are wanted, in order, with their shares."""
+        return {name: share for name, share in self if share > 0}
+
+
+class Cleaning(Config):
+    """Which documents are fit to keep, after Unicode NFC, control characters and spaces were put right."""
+
+    min_characters: int = Field(default=64, ge=1)
+    """Shorter documents are dropped."""
+    max_characters: int = Field(default=10_000_000, ge=1)
+    """Longer documents are dropped."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_characters > self.max_characters:
+            raise ValueError(f"min_characters={self.min_characters} is above max_characters={self.max_characters}")
+        return self
+
+
+class Deduplication(Config):
+    """Near-duplicate removal by MinHash; exact duplicates always go."""
+
+    near: bool = True
+    """Remove near duplicates too."""
+    similarity: float = Field(default=0.8, ge=0.5, le=1.0)
+    """Documents that share this part of their 9-byte pieces (Jaccard, estimated) are near duplicates."""
+
+
+class TrainTokenizer(Config):
+    """A byte-level BPE tokenizer trained on the train split."""
+
+    kind: Literal["train"] = "train"
+    vocab_size: int = Field(default=4096, ge=257, le=1 << 20)
+    """Ids at most: 256 bytes, end of text, and merges; a small corpus may give fewer."""
+    max_training_mib: int = Field(default=512, ge=1)
+    """Text to train on, in MiB; of a larger corpus an even sample is taken."""
+
+
+class TokenizerFolder(Config):
+    """A tokenizer that exists: a folder that `transformers.AutoTokenizer` reads."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    """The local folder."""
+
+
+class TextConfig(Config):
+    """How text becomes blocks of tokens."""
+
+    clean: Cleaning = Cleaning()
+    deduplicate: Deduplication = Deduplication()
+    tokenizer: Annotated[TrainTokenizer | TokenizerFolder, Field(discriminator="kind")] = TrainTokenizer()
+    """Train one (`kind: train`), or use one (`kind: folder`)."""
+    block_tokens: int = Field(default=256, ge=2, le=1 << 20)
+    """Tokens per row: the context length a model is trained on."""
+
+
+class ImageConfig(Config):
+    """How images become rows."""
+
+    height: int | None = Field(default=None, ge=1, le=4096)
+    """Pixels; other images are resized. None: as they are, and all must be alike."""
+    width: int | None = Field(default=None, ge=1, le=4096)
+    """Pixels; set both or none."""
+    channels: Literal[1, 3] = 1
+    """1 grey, 3 colour (red, green, blue)."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("set both height and width, or none")
+        return self
+
+
+class PrepareConfig(Config):
+    """One preparation: from a corpus to the dataset `datasets:/<name>`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    """Name of the dataset in the registry."""
+    source: SourceConfig
+    """Where the documents or images come from, by `kind`."""
+    splits: Splits = Splits()
+    rows_per_shard: int = Field(default=1 << 16, ge=1)
+    """Rows per shard file."""
+    text: TextConfig | None = None
+    """For a source of text; the defaults when left out."""
+    images: ImageConfig | None = None
+    """For a source of images; the defaults when left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fitting_section(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        source = data.get("source")
+        kind = source.get("kind") if isinstance(source, Mapping) else getattr(source, "kind", None)
+        used, unused = ("images", "text") if kind in _IMAGE_KINDS else ("text", "images")
+        if kind is not None and data.get(unused) is not None:
+            raise ValueError(f"the section {unused!r} has no meaning for source.kind={kind!r}; use {used!r}")
+        return {**data, used: data.get(used) or {}}
