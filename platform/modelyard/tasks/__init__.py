@@ -1,0 +1,54 @@
+"""Tasks: what a model is for. One file per task; everything else knows only `Task`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from modelyard.errors import IntegrityError
+from modelyard.tasks import saving
+from modelyard.tasks.base import Objective, Task
+from modelyard.tasks.causal_lm import CausalLM
+from modelyard.tasks.image_classification import ImageClassification
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from modelyard.data.dataset import DatasetInfo
+
+__all__ = ["CausalLM", "ImageClassification", "Objective", "Task", "TaskConfig", "load_model", "read_task"]
+
+TaskConfig = Annotated[CausalLM | ImageClassification, Field(discriminator="kind")]
+"""The type of a config's `task` field: `kind` chooses the task."""
+
+
+def read_task(folder: Path) -> tuple[Task, DatasetInfo]:
+    """The task a model folder was trained for, and what is known of its dataset; loads no weights.
+
+    Raises:
+        NotFoundError: the folder was not written by training.
+        IntegrityError: its `task.json` is damaged.
+    """
+    from modelyard.data.dataset import DatasetInfo
+
+    record = saving.read_task(folder)
+    try:
+        task: Task = TypeAdapter[CausalLM | ImageClassification](TaskConfig).validate_python(record["task"])
+        return task, DatasetInfo.model_validate(record.get("dataset"))
+    except ValidationError as error:
+        raise IntegrityError(f"{str(folder / saving.TASK_FILE)!r} is damaged: {error}") from error
+
+
+def load_model(folder: Path) -> tuple[Task, nn.Module]:
+    """The task and the model, on the CPU in eval mode, of a folder that training wrote. Reads no pickle.
+
+    Raises:
+        NotFoundError: the folder was not written by training, or has no weights.
+        IntegrityError: a file in it is damaged.
+        UnsafeFileError: its weights are pickles.
+    """
+    folder = Path(folder)
+    task, info = read_task(folder)
+    return task, task.load(folder, info)

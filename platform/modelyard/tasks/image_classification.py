@@ -1,0 +1,186 @@
+"""Image classification: one label per image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from modelyard.errors import ConfigError, DataError, InputError, IntegrityError
+from modelyard.tasks import saving
+from modelyard.tasks.base import Objective, Task
+from modelyard.tasks.classification_metrics import accuracy, macro_f1
+
+if TYPE_CHECKING:
+    from torch import Tensor, device, nn
+
+    from modelyard.data.dataset import DatasetInfo
+
+PIXELS, LABEL = "pixels", "label"
+"""Columns of an image dataset: (n, C, H, W) uint8 and (n,) int64."""
+WEIGHTS = "model.safetensors"
+
+
+class ImageClassification(Task):
+    """A small network from scratch on images of one size, (C, H, W) uint8 pixels."""
+
+    kind: Literal["image_classification"] = "image_classification"
+    architecture: Literal["cnn", "mlp"] = "cnn"
+    """`cnn`: convolutions with pooling, then two dense layers. `mlp`: the two dense layers alone."""
+    channels: tuple[int, ...] = Field(default=(32, 64), min_length=1)
+    """Output channels of each convolution (cnn only)."""
+    hidden: int = Field(default=128, gt=0)
+    """Width of the dense layer before the scores."""
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Dropout before the scores."""
+
+    @property
+    def objective(self) -> Objective:
+        return ("accuracy", "max")
+
+    def check(self, info: DatasetInfo) -> None:
+        if info.format != "images":
+            raise DataError(
+                f"task image_classification needs a dataset of images, this one holds {info.format}",
+                "choose another dataset, or the task `causal_lm`",
+            )
+        if len(info.classes) < 2:
+            raise DataError(f"the dataset names {len(info.classes)} classes", "a classifier needs at least 2")
+        if self.architecture == "cnn" and min(self.channels) < 1:
+            raise ConfigError(f"task.channels: {self.channels} holds a number below 1")
+        _image_shape(info)
+
+    def build(self, info: DatasetInfo, dataset_folder: Path | None) -> nn.Module:
+        from modelyard.tasks import image_models
+
+        self.check(info)
+        shape, classes = _image_shape(info), len(info.classes)
+        if self.architecture == "mlp":
+            model = image_models.mlp(shape, self.hidden, classes, self.dropout)
+        else:
+            model = image_models.cnn(shape, self.channels, self.hidden, classes, self.dropout)
+        remembering: Any = model
+        remembering.image_shape = shape
+        return model
+
+    def collate(self, rows: Mapping[str, np.ndarray], device: device | str) -> dict[str, Tensor]:
+        import torch
+
+        pixels = torch.from_numpy(np.ascontiguousarray(rows[PIXELS]))
+        labels = torch.from_numpy(rows[LABEL].astype(np.int64))
+        return {PIXELS: pixels.to(device, non_blocking=True), LABEL: labels.to(device, non_blocking=True)}
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        from torch.nn import functional
+
+        return functional.cross_entropy(model(batch[PIXELS]).float(), batch[LABEL], reduction="none")
+
+    def statistics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`loss`: fp32 nats; `label` and `prediction`: int64 class numbers."""
+        from torch.nn import functional
+
+        scores = model(batch[PIXELS]).float()
+        losses = functional.cross_entropy(scores, batch[LABEL], reduction="none")
+        return {"loss": losses, "label": batch[LABEL], "prediction": scores.argmax(dim=1)}
+
+    def check_saved(self, folder: Path, trained: DatasetInfo, info: DatasetInfo, dataset_folder: Path) -> None:
+        super().check_saved(folder, trained, info, dataset_folder)
+        if trained.classes != info.classes:
+            raise DataError(
+                f"the model knows {len(trained.classes)} classes, the dataset has {len(info.classes)}"
+                if len(trained.classes) != len(info.classes)
+                else "the dataset's classes are other ones, or in another order, than the model's",
+                "measure it on a dataset with the same classes",
+            )
+        if _image_shape(trained) != _image_shape(info):
+            raise DataError(
+                f"images are {_image_shape(info)}, the model takes {_image_shape(trained)}",
+                "prepare the dataset with the same image size",
+            )
+
+    def metrics(self, stats: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """`accuracy`, `macro_f1` and `loss` (nats per image)."""
+        labels, predictions = stats["label"], stats["prediction"]
+        return {
+            "accuracy": accuracy(labels, predictions),
+            "macro_f1": macro_f1(labels, predictions),
+            "loss": float(stats["loss"].mean(dtype=np.float64)) if labels.size else 0.0,
+        }
+
+    def flops_per_row(self, model: nn.Module) -> float:
+        """Three times the forward pass: the backward pass makes two products for each of its own."""
+        from modelyard.tasks.image_models import forward_flops
+
+        net: Any = model
+        return 3 * forward_flops(model, net.image_shape)
+
+    def save(
+        self,
+        model: nn.Module,
+        folder: Path,
+        dataset_folder: Path,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = model.state_dict() if state is None else state
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+        saving.write_task(folder, self, saving.read_info(dataset_folder))
+
+    def load(self, folder: Path, info: DatasetInfo) -> nn.Module:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        saving.require_safe_weights(folder)
+        model = self.build(info, None)
+        try:
+            model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise IntegrityError(f"{str(folder / WEIGHTS)!r} does not hold this model: {error}") from error
+        return model.eval()
+
+    def predict(self, model: nn.Module, inputs: Sequence[Any], **options: Any) -> list[Any]:
+        """The class number and its probability for each image, a (C, H, W) uint8 array.
+
+        Raises:
+            InputError: an image is of another shape than those the model was trained on.
+        """
+        import torch
+
+        if options:
+            raise InputError(f"image_classification has no option {sorted(options)[0]!r}", "it takes none")
+        net: Any = model
+        for image in inputs:
+            if tuple(np.shape(image)) != tuple(net.image_shape):
+                raise InputError(
+                    f"an image has the shape {np.shape(image)}, the model takes {tuple(net.image_shape)}",
+                    "give (channels, height, width) and resize it first",
+                )
+        if not inputs:
+            return []
+        pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in inputs]))
+        training = model.training
+        model.eval()
+        try:
+            with torch.inference_mode():
+                shares = model(pixels.to(next(model.parameters()).device)).float().softmax(dim=1)
+        finally:
+            model.train(training)
+        best = shares.max(dim=1)
+        return [{"label": int(i), "probability": float(p)} for p, i in zip(*best, strict=True)]
+
+
+def _image_shape(info: DatasetInfo) -> tuple[int, ...]:
+    columns = {column.name: column for column in info.columns}
+    if PIXELS not in columns or LABEL not in columns or len(columns[PIXELS].shape) != 3:
+        raise DataError(
+            f"an image dataset needs the columns {PIXELS!r} (channels, height, width) and {LABEL!r}, "
+            f"this one has {', '.join(sorted(columns)) or 'none'}",
+            "prepare it again with `modelyard data prepare`",
+        )
+    return columns[PIXELS].shape
