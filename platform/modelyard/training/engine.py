@@ -1,0 +1,204 @@
+"""A model wrapped in a DeepSpeed engine: the only file that calls DeepSpeed to compute."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelyard.training.batching import RankPlan
+from modelyard.training.config import SGD, AdamW, Muon, TrainConfig
+from modelyard.training.cpu import broadcast_shards_over_gloo, import_muon_uncompiled, keep_freed_memory
+from modelyard.training.deepspeed_config import deepspeed_config
+from modelyard.training.schedule import rate_factor
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Forward, backward and optimizer step under ZeRO.
+
+    Built on every worker at once (it runs collectives). `module` is the plain model inside.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: TrainConfig,
+        plan: RankPlan,
+        *,
+        num_workers: int,
+        from_universal: bool = False,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        settings = deepspeed_config(
+            config,
+            micro_batches=len(plan.micro_batches),
+            num_workers=num_workers,
+            from_universal=from_universal,
+            num_trainable=sum(parameter.numel() for parameter in trainable),
+        )
+        if trainable[0].device.type == "cpu":
+            keep_freed_memory()
+            import_muon_uncompiled()
+            broadcast_shards_over_gloo()
+        self._scale = plan.loss_scale
+        self._config = config
+        self.stage = config.training.zero_stage
+        self._engine, optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=None if isinstance(config.optimizer, Muon) else _optimizer(model, config.optimizer),
+            model_parameters=_tagged_for_muon(model) if isinstance(config.optimizer, Muon) else trainable,
+            config=settings,
+            dist_init_required=False,
+        )
+        self._optimizer = optimizer
+        self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        if config.training.compile:
+            self._engine.compile()
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The engine itself, callable like the model; forward passes must go through it."""
+        engine: torch.nn.Module = self._engine
+        return engine
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model inside (its parameters are partitioned under ZeRO-3)."""
+        module: torch.nn.Module = self._engine.module
+        return module
+
+    def backward(self, row_losses_b: torch.Tensor, *, is_last: bool) -> None:
+        """Add the gradient of the global batch's mean loss that comes from these rows, shape (B,)."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        # DeepSpeed divides by the number of micro-batches and of workers; loss_scale makes that a mean over rows.
+        self._engine.backward(row_losses_b.sum() * self._scale)
+        if not is_last:
+            self._engine.step()
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Apply the accumulated gradient as optimizer step `step` (0-based).
+
+        Returns the learning rate and the global gradient norm before clipping.
+        """
+        factor = rate_factor(self._config.schedule, step, self._config.training.max_steps)
+        # Asked for anew each time: loading a checkpoint replaces the group objects.
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        norm = self._unsharded_norm() if self.stage == 0 else None
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return self._peaks[0] * factor, float(norm)
+
+    def _unsharded_norm(self) -> float:
+        """DeepSpeed clips without telling the norm at stage 0."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this worker's part of the training state below `folder/tag`. Collective."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str, *, weights_only: bool = False) -> None:
+        """Read the state below `folder/tag`, universal or of this very number of workers. Collective."""
+        loaded, _ = self._engine.load_checkpoint(
+            str(folder), tag=tag, load_module_only=weights_only, load_optimizer_states=not weights_only
+        )
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint {tag!r} in {folder}")
+        self._own_optimizer_state()
+
+    def _own_optimizer_state(self) -> None:
+        """Undo what a load does to the optimizer: its settings are the config's, and its groups share nothing.
+
+        DeepSpeed's universal ZeRO-3 restore gives every group the settings of the first, and one `step` tensor
+        to all of them, which then counts once per group and step.
+        """
+        for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        for state in inner.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Copies of all weights on the CPU, for saving the model. Collective; only rank 0 gets them."""
+        state: dict[str, torch.Tensor] = {}
+        is_main = torch.distributed.get_rank() == 0
+        deepspeed = import_deepspeed()
+        # One parameter at a time, so that no worker needs memory for the whole model beside its own part.
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            context = deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
+            with context:
+                if is_main:
+                    state[name] = parameter.detach().cpu().clone()
+        if is_main:
+            persistent = self.module.state_dict().keys()
+            for name, buffer in self.module.named_buffers(remove_duplicate=False):
+                if name in persistent:
+                    state[name] = buffer.detach().cpu().clone()
+        return state
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without its start-up costs on a CPU and without its chatter.
+
+    On Linux CPUs `init_distributed` compiles a shared-memory operator (a minute or more) that only inference
+    uses; it is switched off. Its autotuner, which nothing here uses, imports all of MLflow (3 s of CPU on each
+    worker) if it can; it is told that there is none.
+    """
+    if "deepspeed" not in sys.modules:
+        absent = "mlflow" not in sys.modules
+        if absent:
+            sys.modules["mlflow"] = None  # type: ignore[assignment]
+        try:
+            importlib.import_module("deepspeed")
+        finally:
+            if absent:
+                del sys.modules["mlflow"]
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _optimizer(model: torch.nn.Module, config: AdamW | SGD) -> torch.optim.Optimizer:
+    groups = _parameter_groups(model, config.weight_decay)
+    if isinstance(config, SGD):
+        return torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, foreach=False
+        )
+    kernel = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    return kernel(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and vectors, which do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _tagged_for_muon(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Mark hidden matrices for Muon and embeddings, output heads and vectors for Adam, as DeepSpeed asks."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        embeddings.add(id(head.weight))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in model.parameters():
+        setattr(parameter, "use_muon", parameter.ndim == 2 and id(parameter) not in embeddings)  # noqa: B010
+    return trainable

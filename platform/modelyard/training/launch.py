@@ -1,0 +1,338 @@
+"""From a config to a registered model: what the driver does.
+
+Everything that can be refused is refused here, before the cluster is asked for anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelyard.artifacts.registry import Registry
+from modelyard.artifacts.store import Store
+from modelyard.cluster import RayCluster, connect
+from modelyard.config import load, parse, settings
+from modelyard.data.dataset import Dataset
+from modelyard.errors import CapacityError, ConfigError, TrainingError
+from modelyard.observability.tracking import Tracker
+from modelyard.training import runs
+from modelyard.training.checkpoints import CheckpointStore
+from modelyard.training.config import TrainConfig
+from modelyard.training.deepspeed_config import check_passthrough
+from modelyard.training.history import History
+from modelyard.training.interrupts import grouped
+from modelyard.training.monitor import Record
+from modelyard.training.progress import Progress
+from modelyard.training.run_folder import RunFolder
+from modelyard.training.summary import loss_curve
+from modelyard.training.worker import Job, Trained, train_worker
+
+logger = logging.getLogger(__name__)
+
+RAY_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # a placement group on a node that just died
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+"""Ray Train's own settings, tightened; whatever the user's environment says stays."""
+
+OnRecord = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    run_id: str
+    model: str
+    """Reference of the registered model, e.g. `models:/tiny-gpt/1`."""
+    digest: str
+    """SHA-256 of the model's manifest."""
+    steps: int
+    initial_metrics: Mapping[str, float]
+    """On the final split, before the first step."""
+    metrics: Mapping[str, float]
+    """On the final split, of the model."""
+    stopped_because: str
+    loss_curve: Path | None
+    """PNG of the losses, in the run's local folder."""
+    tracking_run_id: str
+    history: History
+
+
+def train(
+    config: TrainConfig | str | Path, *overrides: str, on_record: OnRecord | None = None, progress: bool = True
+) -> Run:
+    """Train what `config` says and register the model; continues the run when it was cut off before.
+
+    Args:
+        config: a `TrainConfig` or the path of its YAML file.
+        overrides: dotted settings, e.g. `"training.zero_stage=3"`; only with a path.
+        on_record: called on a thread with each record of the run (steps, validations, checkpoints).
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: something in the config, the data or the cluster cannot work; nothing was started.
+        TrainingError: the workers failed more often than `failures.max_failures`.
+        StorageError: the store refused.
+
+    Example:
+        >>> import modelyard
+        >>> run = modelyard.train("jobs/configs/tiny_gpt.yaml", "training.max_steps=50")
+        >>> run.model
+        'models:/tiny-gpt/1'
+    """
+    if not isinstance(config, TrainConfig):
+        config = load(TrainConfig, config, overrides)
+    elif overrides:
+        raise ConfigError("overrides go with the path of a config file", "use config.with_changes(...)")
+    with ExitStack() as stack:
+        launch = _Launch(config)
+        stack.enter_context(runs.exclusive(settings().home, launch.run_id))
+        if (done := launch.finished()) is not None:
+            return done
+        show = stack.enter_context(Progress(config, launch.run_id)) if progress else None
+        return launch.run([sink for sink in (show, on_record) if sink is not None])
+
+
+class _Launch:
+    """One attempt to bring a run to its end."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        check_passthrough(config.training.deepspeed)
+        self._config = config
+        self._settings = settings()
+        self._store = Store.from_settings()
+        self._registry = Registry.from_settings()
+        self._dataset_reference, self._dataset_digest, folder = self._find_dataset()
+        self._check_data(Dataset.open(folder))
+        self._bases = {name: self._registry.resolve(name, kind="model").digest for name in config.task.bases()}
+        files = self._store.manifest("dataset", self._dataset_digest).files
+        self._identity = runs.identity(config, files, self._bases)
+        all_runs = RunFolder(f"{self._store.uri}/runs")
+        self.run_id = runs.choose_run(all_runs, config, self._identity)
+        self._folder = all_runs.sub(self.run_id)
+
+    def finished(self) -> Run | None:
+        """The run as it ended, when it has ended before."""
+        if self._folder.read(runs.FINISHED) is None:
+            return None
+        logger.warning("run %s has finished before; nothing to do", self.run_id)
+        record, trained = self._record(), self._result()
+        assert record is not None
+        assert trained is not None
+        return self._registered(trained, record.tracking_run_id or "")
+
+    def run(self, sinks: list[OnRecord]) -> Run:
+        """Train (unless only the registration is missing), register, mark as finished."""
+        trained = self._result()
+        with self._admitted() if trained is None else nullcontext() as monitor:
+            return self._tracked(trained, monitor, sinks)
+
+    def _tracked(self, trained: Trained | None, monitor: Any, sinks: list[OnRecord]) -> Run:
+        tracker = self._tracker()
+        try:
+            trained = trained or self._train(monitor, [*sinks, _to(tracker)])
+            done = self._registered(trained, tracker.run_id)
+            if done.loss_curve is not None:
+                tracker.log_file(done.loss_curve)
+        except KeyboardInterrupt:
+            tracker.finish("KILLED")
+            raise
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        tracker.finish("FINISHED")
+        self._folder.write(runs.FINISHED, b'{"model": "%s"}' % done.model.encode())
+        return done
+
+    def _find_dataset(self) -> tuple[str, str, Path]:
+        """Reference, digest and verified local folder of the dataset; a plain folder is stored first."""
+        name = self._config.dataset
+        if name.startswith("datasets:/"):
+            version, folder = self._registry.open(name, kind="dataset")
+            return version.reference, version.digest, folder
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"dataset: {name!r} is neither a reference nor a folder",
+                "write datasets:/NAME (see `modelyard models list --kind dataset`) or the folder of a prepared dataset",
+            )
+        Dataset.open(folder)
+        manifest = self._store.put(folder, kind="dataset", name=self._config.name)
+        return str(folder), manifest.digest(), self._store.open("dataset", manifest.digest())
+
+    def _check_data(self, dataset: Dataset) -> None:
+        config = self._config
+        config.task.check(dataset.info)
+        needed = {"train"}
+        if config.validation.every_steps:
+            needed.add(config.validation.split)
+        for split in needed:
+            dataset.split(split)
+
+    def _record(self) -> runs.RunRecord | None:
+        return runs.read_record(self._folder)
+
+    def _result(self) -> Trained | None:
+        data = self._folder.read(runs.RESULT)
+        return None if data is None else Trained.model_validate_json(data)
+
+    def _tracker(self) -> Tracker:
+        """The MLflow run of this run: a new one, or the one it was started with."""
+        record = self._record()
+        if record is not None and record.tracking_run_id is not None:
+            return Tracker.resume(record.tracking_run_id)
+        plain = self._config.model_dump(mode="json")
+        tracker = Tracker.start(self._config.name, self.run_id, plain, {"modelyard.dataset": self._dataset_digest})
+        record = runs.RunRecord(
+            run_id=self.run_id, identity=self._identity, config=plain, tracking_run_id=tracker.run_id
+        )
+        self._folder.write(runs.RUN_RECORD, record.model_dump_json(indent=1).encode())
+        return tracker
+
+    @contextmanager
+    def _admitted(self) -> Iterator[Any]:
+        """The run's monitor, on a cluster that can hold the workers. A run refused here leaves no record."""
+        for name, value in RAY_TRAIN_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        interval = str(self._config.failures.health_check_interval_s)
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", interval)
+        connect()
+        import ray
+
+        from modelyard.training.elastic import check_capacity
+        from modelyard.training.monitor import start_monitor
+
+        check_capacity(RayCluster(), self._config.workers)
+        try:
+            monitor = start_monitor(self.run_id)
+        except ValueError:
+            raise runs.in_use(self.run_id) from None
+        try:
+            yield monitor
+        finally:
+            ray.kill(monitor)
+
+    def _train(self, monitor: Any, sinks: list[OnRecord]) -> Trained:
+        """Run the gang under Ray Train; shows its records while it goes."""
+        job = Job(
+            config=self._config,
+            run_id=self.run_id,
+            run_uri=self._folder.uri,
+            store=self._store.uri,
+            dataset_digest=self._dataset_digest,
+            bases=self._bases,
+            dataset_reference=self._dataset_reference,
+        )
+        with _Follower(monitor, sinks):
+            return self._fit(monitor, job)
+
+    def _fit(self, monitor: Any, job: Job) -> Trained:
+        import ray.train
+
+        from modelyard.training.trainer import trainer
+
+        fit = trainer(
+            train_worker,
+            {"job": job.model_dump(mode="json"), "monitor": monitor},
+            job.config,
+            monitor=monitor,
+            storage_uri=f"{self._folder.uri}/ray",
+        )
+        try:
+            result = fit.fit()
+        except ray.train.WorkerGroupError as error:
+            logger.debug("workers failed: %s", error)
+            raise grouped(error.worker_failures) from error
+        except ray.train.ControllerError as error:
+            cause = error.controller_failure
+            if isinstance(cause, TrainingError | CapacityError):
+                raise cause from error
+            raise TrainingError(f"Ray Train could not run the gang: {cause}") from error
+        except ray.exceptions.RayActorError as error:
+            *_, last = str(error).strip().splitlines()
+            raise TrainingError(
+                f"Ray Train's controller ended: {last}",
+                "is the store reachable from the cluster's nodes? AWS_* must be set on every one of them",
+            ) from error
+        return parse(Trained, result.return_value)
+
+    def _registered(self, trained: Trained, tracking_run_id: str) -> Run:
+        manifest = self._store.manifest("model", trained.model_digest)
+        version = self._registry.register(manifest, run_id=tracking_run_id or None)
+        history = self._history()
+        picture = self._settings.home / "runs" / self.run_id / "loss.png"
+        curve = loss_curve(history, picture, title=f"{self.run_id} -> {version.reference}")
+        return Run(
+            run_id=self.run_id,
+            model=version.reference,
+            digest=version.digest,
+            steps=trained.steps,
+            initial_metrics=trained.initial_metrics,
+            metrics=trained.final_metrics,
+            stopped_because=trained.stopped_because,
+            loss_curve=curve,
+            tracking_run_id=tracking_run_id,
+            history=history,
+        )
+
+    def _history(self) -> History:
+        folder = self._folder.sub("checkpoints")
+        committed = CheckpointStore(folder).committed()
+        data = folder.read(f"{committed[-1].name}/history.parquet") if committed else None
+        return History() if data is None else History.from_parquet(data)
+
+
+class _Follower:
+    """A thread of the driver that carries records from the run's monitor to whoever shows or stores them."""
+
+    def __init__(self, monitor: Any, sinks: list[OnRecord], interval_s: float = 0.5) -> None:
+        self._monitor = monitor
+        self._sinks = sinks
+        self._interval_s = interval_s
+        self._seen = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+
+    def __enter__(self) -> _Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        import ray
+
+        while True:
+            closing = self._closing.wait(self._interval_s)
+            try:
+                records = ray.get(self._monitor.pull.remote(self._seen), timeout=10)
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                records = []
+            self._seen += len(records)
+            for record in records:
+                for sink in self._sinks:
+                    sink(record)
+            if closing:
+                return
+
+
+def _to(tracker: Tracker) -> OnRecord:
+    def log(record: Record) -> None:
+        metrics = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time_s")}
+        if record["kind"] in ("step", "validation", "initial"):
+            tracker.log(int(record["step"]), metrics)
+
+    return log
+
+
+__all__ = ["Run", "train"]

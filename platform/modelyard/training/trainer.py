@@ -1,0 +1,68 @@
+"""Ray Train's `TorchTrainer` with our scaling and failure policies in place of its own.
+
+`TorchTrainer` offers no argument for them; `_initialize_and_run_controller` is the narrowest place where they can
+be given. `tests/training/test_ray_contract.py` fails when a new Ray moves it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import ray.train
+import ray.train.torch
+from ray.train.v2.api.result import Result
+
+from modelyard.artifacts import filesystem
+from modelyard.training.config import TrainConfig
+from modelyard.training.elastic import InterruptAwareFailurePolicy, RoomPolicy, resize_request
+
+
+class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
+    """Hands the controller the policies it was built with."""
+
+    policies: dict[str, Any]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:
+        return super()._initialize_and_run_controller(**{**arguments, **self.policies})
+
+
+def trainer(
+    worker: Callable[[dict[str, Any]], Any],
+    payload: dict[str, Any],
+    config: TrainConfig,
+    *,
+    monitor: Any,
+    storage_uri: str,
+) -> ray.train.torch.TorchTrainer:
+    """A trainer that runs `worker(payload)` on a gang as `config.workers` describes it.
+
+    Ray Train keeps its own notes below `storage_uri`; what must last is in the run's folder, not there.
+    """
+    workers = config.workers
+    storage_filesystem, storage_path = filesystem.resolve(storage_uri)
+    scaling = ray.train.ScalingConfig(
+        num_workers=(workers.min, workers.max) if workers.min < workers.max else workers.max,
+        use_gpu=workers.gpus > 0,
+        resources_per_worker=workers.per_worker,
+        label_selector=workers.selector or None,
+    )
+    failures = ray.train.FailureConfig(max_failures=config.failures.max_failures)
+    result = _Trainer(
+        worker,
+        train_loop_config=payload,
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if workers.gpus > 0 else "gloo"),
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex[:12],
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
+            failure_config=failures,
+        ),
+    )
+    result.policies = {
+        "scaling_policy": RoomPolicy(scaling, workers, resize_request(monitor)),
+        "failure_policy": InterruptAwareFailurePolicy(failures),
+    }
+    return result
