@@ -1,0 +1,227 @@
+"""`modelyard models`: list, show, promote and verify what is registered. `compare` is in `cli/compare.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from modelyard.errors import ModelyardError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.tree import Tree
+
+    from modelyard.artifacts import Manifest, Registry, VersionInfo
+    from modelyard.artifacts.manifest import Kind
+
+_GIB = 1 << 30
+_MAX_DEPTH = 20
+KINDS: tuple[Kind, ...] = ("model", "dataset")
+
+
+def complete_reference(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete a reference from the registry, `models:/tiny-gpt/3` or in short `tiny-gpt/3`; for `shell_complete=`."""
+    try:
+        known = [info for kind in KINDS for info in _registry().versions(kind)]
+    except ModelyardError:
+        return []  # a shell cannot show the error, and the command itself will
+    texts = {text for info in known for text in (*_with_aliases(info), info.reference)}
+    if incomplete and not "models:/".startswith(incomplete):
+        texts |= {text.removeprefix("models:/") for text in texts}
+    return [CompletionItem(text) for text in sorted(texts) if text.startswith(incomplete)]
+
+
+@click.group()
+def models() -> None:
+    """List, show, verify, promote and compare models (and datasets)."""
+
+
+@models.command("list")
+@click.option("--kind", type=click.Choice(["model", "dataset", "all"]), default="model", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_command(kind: str, as_json: bool) -> None:
+    """List every registered version, newest last."""
+    kinds = KINDS if kind == "all" else [known for known in KINDS if known == kind]
+    registry = _registry()
+    found = [info for one in kinds for info in registry.versions(one)]
+    if as_json:
+        click.echo(json.dumps([_as_dict(info) for info in found], indent=2))
+        return
+    if not found:
+        click.echo(f"no {'artifact' if kind == 'all' else kind} is registered in {registry.tracking_uri}", err=True)
+        return
+    table = _table("reference", "aliases", "digest", "created (UTC)", "metrics")
+    for info in found:
+        _add_row(
+            table,
+            info.reference,
+            ", ".join(info.aliases) or "-",
+            info.digest[:19],
+            info.created_at[:16].replace("T", " "),
+            _figures(info.metrics),
+        )
+    _console().print(table)
+
+
+@models.command()
+@click.argument("ref", shell_complete=complete_reference)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(ref: str, as_json: bool) -> None:
+    """Show a version: metrics, files, config, code, and its family tree."""
+    registry = _registry()
+    info = registry.resolve(ref, _default_kind(ref))
+    manifest = registry.store.manifest(info.kind, info.digest)
+    if as_json:
+        shown = {
+            **_as_dict(info),
+            "manifest": manifest.model_dump(mode="json"),
+            "parents": _parents(registry, manifest),
+        }
+        click.echo(json.dumps(shown, indent=2))
+        return
+    console = _console()
+    facts = _table("", "", header=False)
+    for label, value in _facts(info, manifest):
+        _add_row(facts, label, value)
+    console.print(facts)
+    files = _table("file", "bytes", "sha256")
+    for name, entry in manifest.files.items():
+        _add_row(files, name, f"{entry.size_bytes:,}", entry.sha256[:12])
+    console.print(files)
+    if manifest.config:
+        console.print("config", style="bold")
+        console.print(_yaml(manifest.config), markup=False, highlight=False)
+    console.print("made from", style="bold")
+    console.print(_tree(info, _parents(registry, manifest)))
+
+
+@models.command()
+@click.argument("ref", shell_complete=complete_reference)
+@click.argument("alias")
+def promote(ref: str, alias: str) -> None:
+    """Point ALIAS at a version, e.g. `promote tiny-gpt/3 production`."""
+    info = _registry().promote(ref, alias, _default_kind(ref))
+    click.echo(f"{info.kind}s:/{info.name}@{alias} is now {info.reference} ({info.digest[:19]})")
+
+
+@models.command()
+@click.argument("ref", shell_complete=complete_reference)
+def verify(ref: str) -> None:
+    """Read every byte of a version where it is stored and compare it with its manifest."""
+    registry = _registry()
+    info = registry.resolve(ref, _default_kind(ref))
+    registry.store.verify(info.kind, info.digest)
+    manifest = registry.store.manifest(info.kind, info.digest)
+    click.echo(f"{info.reference}: {_size(manifest)}, every byte as stored ({info.digest})")
+
+
+def _registry() -> Registry:
+    from modelyard.artifacts import Registry
+
+    return Registry.from_settings()
+
+
+def _default_kind(ref: str) -> Kind | None:
+    """A reference without a scheme means a model here."""
+    return None if ":/" in ref else "model"
+
+
+def _as_dict(info: VersionInfo) -> dict[str, Any]:
+    return {"reference": info.reference, **dataclasses.asdict(info)}
+
+
+def _with_aliases(info: VersionInfo) -> list[str]:
+    return [f"{info.kind}s:/{info.name}@{alias}" for alias in info.aliases]
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()) or "-"
+
+
+def _size(manifest: Manifest) -> str:
+    plural = "s" if len(manifest.files) != 1 else ""
+    return f"{len(manifest.files)} file{plural}, {manifest.size_bytes / _GIB:.6f} GiB"
+
+
+def _facts(info: VersionInfo, manifest: Manifest) -> list[tuple[str, str]]:
+    return [
+        ("reference", info.reference),
+        ("aliases", ", ".join(info.aliases) or "-"),
+        ("digest", info.digest),
+        ("created", info.created_at),
+        ("run", info.run_id or "-"),
+        ("code", ", ".join(f"{name} {version}" for name, version in manifest.code.items()) or "-"),
+        ("metrics", _figures(info.metrics)),
+        ("size", _size(manifest)),
+    ]
+
+
+def _parents(registry: Registry, manifest: Manifest, depth: int = 0) -> list[dict[str, Any]]:
+    """The family above an artifact, found by digest; what the registry or the store lost is said, not hidden."""
+    from modelyard.artifacts import parse
+
+    found = []
+    for parent in manifest.parents:
+        info = registry.find(parent.digest)
+        entry: dict[str, Any] = {"named": parent.reference, "digest": parent.digest, "parents": [], "note": ""}
+        entry["reference"] = info.reference if info is not None else None
+        try:
+            kind = info.kind if info is not None else parse(parent.reference).kind
+            above = registry.store.manifest(kind, parent.digest)
+            entry["parents"] = _parents(registry, above, depth + 1) if depth < _MAX_DEPTH else []
+        except ModelyardError as error:
+            entry["note"] = error.problem
+        if info is None:
+            entry["note"] = f"not registered{'; ' if entry['note'] else ''}{entry['note']}"
+        found.append(entry)
+    return found
+
+
+def _tree(info: VersionInfo, parents: list[dict[str, Any]]) -> Tree:
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    def grow(branch: Tree, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            note = f" ({entry['note']})" if entry["note"] else ""
+            label = f"{entry['reference'] or entry['named']}  {entry['digest'][:19]}{note}"
+            grow(branch.add(escape(label)), entry["parents"])
+
+    tree = Tree(escape(f"{info.reference}  {info.digest[:19]}"))
+    grow(tree, parents)
+    return tree
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    import yaml
+
+    return "  " + yaml.safe_dump(config, sort_keys=False).rstrip().replace("\n", "\n  ")
+
+
+def _table(*columns: str, header: bool = True) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    terminal = sys.stdout.isatty()
+    table = Table(box=box.SIMPLE_HEAD if terminal else None, show_header=header, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=not terminal)
+    return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))  # a name may hold what rich reads as markup
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=100_000, highlight=False)

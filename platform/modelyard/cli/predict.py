@@ -1,0 +1,47 @@
+"""`modelyard predict`: ask a registered model."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from modelyard.errors import ConfigError
+
+
+@click.command("predict")
+@click.argument("ref")
+@click.argument("inputs", nargs=-1, required=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest text; default 64, or half the context.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: no sampling.")
+@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Nucleus to sample from.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
+def predict_command(
+    ref: str, inputs: tuple[str, ...], max_new_tokens: int | None, temperature: float, top_p: float, seed: int
+) -> None:
+    """Answer INPUTS with the model REF: continue texts, or classify the images in files."""
+    from modelyard.artifacts.registry import Registry
+    from modelyard.tasks import CausalLM, load_model
+
+    _, folder = Registry.from_settings().open(ref, kind="model")
+    task, model = load_model(folder)
+    if isinstance(task, CausalLM):
+        context = getattr(model.config, "max_position_embeddings", None) or 128
+        length = max_new_tokens or min(64, max(1, int(context) // 2))
+        options = {"max_new_tokens": length, "temperature": temperature, "top_p": top_p, "seed": seed}
+        for prompt, answer in zip(inputs, task.predict(model, inputs, **options), strict=True):
+            click.echo(click.style(prompt, bold=True) + answer)
+        return
+    for path, answer in zip(inputs, task.predict(model, [_image(path) for path in inputs]), strict=True):
+        click.echo(f"{path}: {json.dumps(answer, default=str)}")
+
+
+def _image(path: str) -> object:
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"{path!r} is not an image file: {error}") from error
