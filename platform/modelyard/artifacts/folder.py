@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -107,14 +108,13 @@ def remove_folder(folder: Path, aside: Path) -> None:
 
 
 def age_s(folder: Path) -> float:
-    """Seconds since anything below `folder` was written."""
+    """Seconds since anything below `folder` was written; 0 when it is gone."""
     newest = 0.0
-    for path in (folder, *folder.rglob("*")):
-        try:
-            newest = max(newest, path.lstat().st_mtime)
-        except FileNotFoundError:
-            continue  # its owner is at work, and just renamed or removed it
-    return time.time() - newest
+    for parent, folders, files in os.walk(folder):  # skips what its owner, at work, just renamed or removed
+        for name in (".", *folders, *files):
+            with contextlib.suppress(FileNotFoundError):
+                newest = max(newest, Path(parent, name).lstat().st_mtime)
+    return time.time() - newest if newest else 0.0
 
 
 def _damage(path: Path, expected: FileEntry) -> str:

@@ -196,14 +196,18 @@ class Store:
     def _commit(self, staged: Path, manifest: Manifest) -> Manifest:
         digest = manifest.digest()
         final = self._folder(manifest.kind, digest)
-        while not commit_folder(staged, final):
-            try:  # somebody stored the same content before
-                existing = self.manifest(manifest.kind, digest)
-                check_folder(final, existing, _label(digest))
-                return existing
-            except (IntegrityError, NotFoundError):
-                remove_folder(final, self._root / _STAGING / uuid.uuid4().hex)
-        return manifest
+        if commit_folder(staged, final):
+            return manifest
+        with self._one_at_a_time(digest):  # somebody stored the same content before; one writer at a time repairs it
+            while True:
+                try:
+                    existing = self.manifest(manifest.kind, digest)
+                    check_folder(final, existing, _label(digest))
+                    return existing
+                except (IntegrityError, NotFoundError):
+                    remove_folder(final, self._root / _STAGING / uuid.uuid4().hex)
+                if commit_folder(staged, final):
+                    return manifest
 
     def _fill_cache(self, manifest: Manifest, final: Path, digest: str) -> None:
         if final.exists():
@@ -235,7 +239,7 @@ class Store:
 
     @contextmanager
     def _one_at_a_time(self, digest: str) -> Iterator[None]:
-        """Let one process of this node fetch an artifact while the others wait for its copy."""
+        """Let one writer of this node fetch or repair an artifact while the others wait for it."""
         lock = self._root / ".locks" / check_digest(digest)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as file:
