@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from modelyard.errors import NotFoundError
+
 if TYPE_CHECKING:
     from ray.runtime_context import RuntimeContext
 
@@ -122,6 +124,20 @@ def connect(**options: Any) -> RuntimeContext:
         ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         logger.info("connected to Ray at %s", ray.get_runtime_context().gcs_address)
     return ray.get_runtime_context()
+
+
+def connect_existing() -> RuntimeContext:
+    """Join a Ray cluster that is there already: `RAY_ADDRESS`, or the one that was started on this machine.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    try:
+        return connect(address="auto")
+    except ConnectionError:
+        raise NotFoundError(
+            "no Ray cluster is running here", "start one (ray start --head), or set RAY_ADDRESS to its head's address"
+        ) from None
 
 
 def _quiet_ray() -> None:

@@ -10,6 +10,7 @@
     ├── IntegrityError        bytes are not what they should be; nothing was read from them
     │   └── UnsafeFileError       a file could run code when it is read
     ├── StorageError          a disk or an object store refused: full, unreachable, denied
+    ├── LeaseLostError        the scheduler took a job's lease away: cancelled, or not heard for too long
     └── TrainingError         a run failed on its workers
         ├── DivergedError         the loss is no longer a number
         └── WaitTimeoutError      something did not happen in time; names the setting
@@ -74,6 +75,10 @@ class UnsafeFileError(IntegrityError):
 
 class StorageError(ModelyardError):
     """A disk or an object store refused: full, unreachable, denied."""
+
+
+class LeaseLostError(ModelyardError):
+    """The scheduler took a job's lease away: it was cancelled, or its driver was not heard for too long."""
 
 
 class TrainingError(ModelyardError):

@@ -42,7 +42,11 @@ COMMANDS: dict[str, Entry] = {
         "List, show, verify, promote and compare models.",
         {"compare": "modelyard.cli.compare:compare"},
     ),
+    "pools": Entry("modelyard.cli.pools:pools", "Show the pools: nodes, accelerators, who holds what."),
     "predict": Entry("modelyard.cli.predict:predict_command", "Ask a registered model."),
+    "queue": Entry("modelyard.cli.queue:queue", "Show and steer the jobs that wait and run."),
+    "quota": Entry("modelyard.cli.quota:quota", "Show and set what tenants may hold."),
+    "scheduler": Entry("modelyard.cli.scheduler:scheduler", "Start, stop and repair the cluster's scheduler."),
     "train": Entry("modelyard.cli.train:train_command", "Train a model and register it."),
 }
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from modelyard.cli import tables
 from modelyard.errors import ModelyardError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
     from rich.tree import Tree
 
     from modelyard.artifacts import Manifest, Registry, VersionInfo
@@ -56,9 +54,9 @@ def list_command(kind: str, as_json: bool) -> None:
     if not found:
         click.echo(f"no {'artifact' if kind == 'all' else kind} is registered in {registry.tracking_uri}", err=True)
         return
-    table = _table("reference", "aliases", "digest", "created (UTC)", "metrics")
+    table = tables.table("reference", "aliases", "digest", "created (UTC)", "metrics")
     for info in found:
-        _add_row(
+        tables.add_row(
             table,
             info.reference,
             ", ".join(info.aliases) or "-",
@@ -66,7 +64,7 @@ def list_command(kind: str, as_json: bool) -> None:
             info.created_at[:16].replace("T", " "),
             _figures(info.metrics),
         )
-    _console().print(table)
+    tables.console().print(table)
 
 
 @models.command()
@@ -85,14 +83,14 @@ def show(ref: str, as_json: bool) -> None:
         }
         click.echo(json.dumps(shown, indent=2))
         return
-    console = _console()
-    facts = _table("", "", header=False)
+    console = tables.console()
+    facts = tables.table("", "", header=False)
     for label, value in _facts(info, manifest):
-        _add_row(facts, label, value)
+        tables.add_row(facts, label, value)
     console.print(facts)
-    files = _table("file", "bytes", "sha256")
+    files = tables.table("file", "bytes", "sha256")
     for name, entry in manifest.files.items():
-        _add_row(files, name, f"{entry.size_bytes:,}", entry.sha256[:12])
+        tables.add_row(files, name, f"{entry.size_bytes:,}", entry.sha256[:12])
     console.print(files)
     if manifest.config:
         console.print("config", style="bold")
@@ -202,26 +200,3 @@ def _yaml(config: dict[str, Any]) -> str:
     import yaml
 
     return "  " + yaml.safe_dump(config, sort_keys=False).rstrip().replace("\n", "\n  ")
-
-
-def _table(*columns: str, header: bool = True) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    terminal = sys.stdout.isatty()
-    table = Table(box=box.SIMPLE_HEAD if terminal else None, show_header=header, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=not terminal)
-    return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    from rich.text import Text
-
-    table.add_row(*map(Text, cells))  # a name may hold what rich reads as markup
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=100_000, highlight=False)

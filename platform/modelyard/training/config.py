@@ -206,6 +206,28 @@ class Failures(Config):
     """Seconds between looks at the workers."""
 
 
+class Lease(Config):
+    """What the run asks of the cluster's scheduler, if one runs; without one it starts at once."""
+
+    tenant: str = "default"
+    """Who pays: the tenant whose quota counts."""
+    priority: int = Field(default=0, ge=-1000, le=1000)
+    """Higher goes first."""
+    pools: tuple[str, ...] = ()
+    """Pools it may use, most wanted first; empty (or `any`) means any."""
+    span_pools: bool = False
+    """Whether the workers of one gang may be in several pools."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds from submission by which it should be done."""
+    timeout_s: float | None = Field(default=None, gt=0)
+    """Longest wait in line; None waits as long as it takes."""
+
+    @field_validator("pools", mode="before")
+    @classmethod
+    def _any_means_all(cls, value: Any) -> Any:
+        return () if value == "any" else (value,) if isinstance(value, str) else value
+
+
 class TrainConfig(Config):
     """One training run: the file behind `jobs/train.py --config`."""
 
@@ -225,6 +247,8 @@ class TrainConfig(Config):
     validation: Validation = Validation()
     checkpoint: Checkpoints = Checkpoints()
     failures: Failures = Failures()
+    lease: Lease | None = None
+    """What to ask of the scheduler; None trains beside it, on whatever room there is."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

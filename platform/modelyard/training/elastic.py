@@ -9,12 +9,10 @@ group that can never be. The hooks are private to Ray, hence the exact version p
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ray
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision
@@ -27,8 +25,7 @@ from modelyard.cluster import Cluster, Node, RayCluster
 from modelyard.errors import CapacityError, DivergedError, InputError, IntegrityError, WaitTimeoutError
 from modelyard.training.config import Workers
 from modelyard.training.interrupts import Interrupted, original_error
-
-logger = logging.getLogger(__name__)
+from modelyard.training.monitor import stop_request
 
 
 def room(nodes: Sequence[Node], workers: Workers, held: Mapping[str, int]) -> int:
@@ -156,15 +153,17 @@ class RoomPolicy(ScalingPolicy):  # type: ignore[misc]
 class InterruptAwareFailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]
     """Retries interruptions for free and never retries what a retry cannot change."""
 
-    def __init__(self, failure_config: FailureConfig) -> None:
+    def __init__(self, failure_config: FailureConfig, *, is_leased: bool = False) -> None:
+        """With a lease an interruption ends the attempt: the driver gives the lease back and asks for another."""
         super().__init__(failure_config)
+        self._interruption = FailureDecision.RAISE if is_leased else FailureDecision.RETRY
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """RETRY after an `Interrupted`, RAISE on bad input or divergence, else Ray's own budgets."""
+        """RETRY after an `Interrupted` (RAISE with a lease), RAISE on what no retry changes, else Ray's own budgets."""
         if isinstance(training_failed_error, WorkerGroupError):
             causes = [original_error(error) for error in training_failed_error.worker_failures.values()]
             if any(isinstance(cause, Interrupted) for cause in causes):
-                return FailureDecision.RETRY
+                return self._interruption
             if any(isinstance(cause, InputError | IntegrityError | DivergedError) for cause in causes):
                 return FailureDecision.RAISE
         decision: FailureDecision = super().make_decision(training_failed_error)
@@ -173,11 +172,5 @@ class InterruptAwareFailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]
 
 def resize_request(monitor: Any) -> Callable[[int], None]:
     """A callback for `RoomPolicy` that leaves the wish with the run's monitor actor, where the workers see it."""
-
-    def request(num_workers: int) -> None:
-        try:
-            ray.get(monitor.request.remote("resize", f"room for {num_workers} workers"), timeout=5)
-        except ray.exceptions.RayError:
-            logger.warning("the run's monitor did not take a resize request; trying again later", exc_info=True)
-
-    return request
+    ask = stop_request(monitor)
+    return lambda num_workers: ask(f"room for {num_workers} workers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,15 +20,18 @@ from modelyard.artifacts.store import Store
 from modelyard.cluster import RayCluster, connect
 from modelyard.config import load, parse, settings
 from modelyard.data.dataset import Dataset
-from modelyard.errors import CapacityError, ConfigError, TrainingError
+from modelyard.errors import CapacityError, ConfigError, TrainingError, WaitTimeoutError
 from modelyard.observability.tracking import Tracker
+from modelyard.scheduling.client import Lease, lease
+from modelyard.scheduling.measured import Report
 from modelyard.training import runs
 from modelyard.training.checkpoints import CheckpointStore
 from modelyard.training.config import TrainConfig
 from modelyard.training.deepspeed_config import check_passthrough
 from modelyard.training.history import History
-from modelyard.training.interrupts import grouped
-from modelyard.training.monitor import Record
+from modelyard.training.interrupts import Interrupted, grouped, original_error
+from modelyard.training.leased import Selectors, check_lease, request_of, train_on
+from modelyard.training.monitor import Record, stop_request
 from modelyard.training.progress import Progress
 from modelyard.training.run_folder import RunFolder
 from modelyard.training.summary import loss_curve
@@ -106,6 +110,7 @@ class _Launch:
 
     def __init__(self, config: TrainConfig) -> None:
         check_passthrough(config.training.deepspeed)
+        check_lease(config)
         self._config = config
         self._settings = settings()
         self._store = Store.from_settings()
@@ -231,10 +236,24 @@ class _Launch:
             bases=self._bases,
             dataset_reference=self._dataset_reference,
         )
-        with _Follower(monitor, sinks):
-            return self._fit(monitor, job)
+        if self._config.lease is None:
+            with _Follower(monitor, sinks):
+                return self._attempt(monitor, job, None)
+        request = request_of(self._config, self.run_id, time.time())
+        with (
+            lease(request, timeout_s=self._config.lease.timeout_s) as held,
+            _Follower(monitor, [*sinks, _to_lease(held, self._config.training.global_batch_size)]),
+        ):
+            return train_on(held, lambda selectors: self._leased(monitor, job, selectors), stop_request(monitor))
 
-    def _fit(self, monitor: Any, job: Job) -> Trained:
+    def _leased(self, monitor: Any, job: Job, selectors: Selectors | None) -> Trained | None:
+        """One attempt on a lease; None when it made way for another, or the lease's nodes are gone."""
+        try:
+            return self._attempt(monitor, job, selectors)
+        except (Interrupted, WaitTimeoutError):
+            return None
+
+    def _attempt(self, monitor: Any, job: Job, selectors: Selectors | None) -> Trained:
         import ray.train
 
         from modelyard.training.trainer import trainer
@@ -245,11 +264,15 @@ class _Launch:
             job.config,
             monitor=monitor,
             storage_uri=f"{self._folder.uri}/ray",
+            selectors=selectors,
         )
         try:
             result = fit.fit()
         except ray.train.WorkerGroupError as error:
             logger.debug("workers failed: %s", error)
+            for cause in map(original_error, error.worker_failures.values()):
+                if isinstance(cause, Interrupted):
+                    raise cause from error
             raise grouped(error.worker_failures) from error
         except ray.train.ControllerError as error:
             cause = error.controller_failure
@@ -324,6 +347,15 @@ class _Follower:
                     sink(record)
             if closing:
                 return
+
+
+def _to_lease(held: Lease, batch: int) -> OnRecord:
+    def report(record: Record) -> None:
+        if record["kind"] == "step":
+            step_s = batch / record["rows_per_s"] if record.get("rows_per_s") else None
+            held.report(Report(float(record["step"]), step_s, record.get("optimizer_s", 0.0), batch))
+
+    return report
 
 
 def _to(tracker: Tracker) -> OnRecord:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import ray
@@ -64,6 +64,18 @@ def start_monitor(run_id: str) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=0)(RunMonitor)
     return actor.options(name=f"run-{run_id}", namespace=NAMESPACE, scheduling_strategy=here).remote()
+
+
+def stop_request(monitor: Any) -> Callable[[str], None]:
+    """A callback that asks the run's workers to checkpoint and leave at a step boundary, for another gang."""
+
+    def ask(reason: str) -> None:
+        try:
+            ray.get(monitor.request.remote("resize", reason), timeout=_CALL_TIMEOUT_S)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            logger.warning("the run's monitor did not take the wish to make way; trying again", exc_info=True)
+
+    return ask
 
 
 class Reporter:

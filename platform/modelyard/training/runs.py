@@ -27,7 +27,7 @@ RUN_RECORD = "run.json"
 RESULT = "result.json"
 FINISHED = "finished.json"
 
-_FREE_SECTIONS = ("run", "workers", "checkpoint", "failures", "dataset")
+_FREE_SECTIONS = ("run", "workers", "checkpoint", "failures", "dataset", "lease")
 """May differ when a run continues: they change where and how safely it runs, not what it computes."""
 _FREE_TRAINING = (
     "micro_batch_size",

@@ -7,6 +7,7 @@ be given. `tests/training/test_ray_contract.py` fails when a new Ray moves it.
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,14 @@ import ray.train.torch
 from ray.train.v2.api.result import Result
 
 from modelyard.artifacts import filesystem
+from modelyard.cluster import RayCluster
+from modelyard.scheduling.client import NODE_LABEL
 from modelyard.training.config import TrainConfig
 from modelyard.training.elastic import InterruptAwareFailurePolicy, RoomPolicy, resize_request
+from modelyard.training.leased import LeasedNodes, Selectors
+
+LEASED_START_TIMEOUT_S = 10.0
+"""Longest wait for a leased node: one that is gone does not come back under the same name."""
 
 
 class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
@@ -35,18 +42,25 @@ def trainer(
     *,
     monitor: Any,
     storage_uri: str,
+    selectors: Selectors | None = None,
 ) -> ray.train.torch.TorchTrainer:
     """A trainer that runs `worker(payload)` on a gang as `config.workers` describes it.
 
-    Ray Train keeps its own notes below `storage_uri`; what must last is in the run's folder, not there.
+    Ray Train keeps its own notes below `storage_uri`; what must last is in the run's folder, not there. With
+    `selectors` (of a lease) there is one worker for each, on the node it names, and no other number of workers.
     """
-    workers = config.workers
+    workers, cluster = config.workers, None
+    if selectors is not None:
+        count = len(selectors)
+        workers = workers.with_changes(min=count, max=count, start_timeout_s=LEASED_START_TIMEOUT_S)
+        on_nodes = Counter(labels[NODE_LABEL] for labels in selectors)
+        cluster = LeasedNodes(RayCluster(), workers.per_worker, dict(on_nodes))
     storage_filesystem, storage_path = filesystem.resolve(storage_uri)
     scaling = ray.train.ScalingConfig(
         num_workers=(workers.min, workers.max) if workers.min < workers.max else workers.max,
         use_gpu=workers.gpus > 0,
         resources_per_worker=workers.per_worker,
-        label_selector=workers.selector or None,
+        label_selector=[dict(each) for each in selectors] if selectors is not None else workers.selector or None,
     )
     failures = ray.train.FailureConfig(max_failures=config.failures.max_failures)
     result = _Trainer(
@@ -62,7 +76,7 @@ def trainer(
         ),
     )
     result.policies = {
-        "scaling_policy": RoomPolicy(scaling, workers, resize_request(monitor)),
-        "failure_policy": InterruptAwareFailurePolicy(failures),
+        "scaling_policy": RoomPolicy(scaling, workers, resize_request(monitor), cluster),
+        "failure_policy": InterruptAwareFailurePolicy(failures, is_leased=selectors is not None),
     }
     return result

@@ -1,0 +1,217 @@
+"""Worker counts to nodes, and nodes to Ray bundles with label selectors.
+
+A gang is placed whole or not at all: in the smallest domain that holds it (a node, then each of `TOPOLOGY_LABELS`,
+then the pool), there on the fewest nodes, and of those that do equally well in the tightest, so big holes stay whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modelyard.scheduling.clearing import Resident, clear
+from modelyard.scheduling.forecast import Holder, earliest_start, expected_end
+from modelyard.scheduling.model import POOL_LABEL, Allocation, Decision, Job, Request, Snapshot, pool_of
+from modelyard.scheduling.quota import Ledger, Tree
+from modelyard.scheduling.room import Room
+
+NODE_ID_LABEL = "ray.io/node-id"
+"""The label by which Ray knows every node."""
+
+__all__ = ["NODE_ID_LABEL", "Moves", "Room", "bundles", "defragment", "extend", "place", "room_of"]
+
+
+def room_of(snapshot: Snapshot, decision: Decision | None = None) -> Room:
+    """What the usable nodes hold, less the allocations of a decision, else of the snapshot's running jobs."""
+    room = Room(snapshot.pools)
+    for job in snapshot.jobs:
+        allocation = job.allocation if decision is None else decision.run.get(job.job_id, {})
+        room.take(job.request, {node: count for node, count in allocation.items() if node in room.index})
+    return room
+
+
+def place(
+    room: Room, request: Request, pools: str | Sequence[str], workers: int, *, held: Allocation | None = None
+) -> Allocation | None:
+    """Nodes for all workers, or None; takes nothing.
+
+    Args:
+        pools: one pool, or several with the most wanted first. A gang lies in one of them unless `span_pools`.
+        held: where the job runs now, given back to `room` before the call. Its workers stay there if they can.
+    """
+    names = (pools,) if isinstance(pools, str) else tuple(pools)
+    if held and (kept := _resized(room, request, names, workers, held)) is not None:
+        return kept
+    for pool in names:
+        if (found := room.view(request, pool).gang(workers)) is not None:
+            return room.named(found)
+    return _spanning(room, request, names, workers) if request.span_pools else None
+
+
+def extend(room: Room, request: Request, held: Allocation, workers: int) -> Allocation | None:
+    """`held` and `workers` more in the same pool, as near as possible; None when they do not fit.
+
+    `held` is still taken in `room`, and stays so.
+    """
+    pools = {room.pool(node) for node in held}
+    pool = pools.pop() if len(pools) == 1 else None
+    if pool is None or room.capacity(request, pool) < workers:
+        return None
+    found = dict(held)
+    for node in sorted(held, key=lambda name: (-held[name], name)):
+        more = min(room.fits(request, node), workers)
+        found[node] += more
+        workers -= more
+    if workers:
+        rest = room.view(request, pool).near(workers, [room.index[node] for node in held], room)
+        if rest is None:
+            return None
+        found.update(room.named(rest))
+    return {node: found[node] for node in sorted(found)}
+
+
+def bundles(
+    snapshot: Snapshot, allocation: Allocation, request: Request
+) -> list[tuple[dict[str, float], dict[str, str]]]:
+    """Each worker's Ray bundle and the label selector that pins it to its node; workers of a node stand together."""
+    found = []
+    whole = {
+        name: float(math.ceil(amount - 1e-9)) if name == "GPU" else float(amount)
+        for name, amount in request.resources.items()
+        if amount > 0
+    }
+    for node_id in sorted(allocation):
+        labels = snapshot.node_by_id[node_id].labels
+        selector = {NODE_ID_LABEL: node_id}
+        if POOL_LABEL in labels:
+            selector[POOL_LABEL] = labels[POOL_LABEL]
+        found += [(dict(whole), dict(selector)) for _ in range(allocation[node_id])]
+    return found
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Moves that let one waiting gang start."""
+
+    job_id: str
+    """The gang that starts."""
+    allocation: Allocation
+    """Where it starts."""
+    moved: dict[str, Allocation]
+    """Running jobs and where they go, with as many workers as now."""
+    cost_gpu_s: float
+    gain_gpu_s: float
+
+
+def defragment(snapshot: Snapshot, decision: Decision, *, horizon_s: float = 600.0) -> Moves | None:
+    """Moves of running jobs after which a gang that `decision` lets wait could start, or None when none pays.
+
+    The rule: the moved jobs lose `restart_s` times their GPUs. The gang gains its GPUs times the seconds it would
+    wait otherwise: until the first moment at which enough of the running jobs are expected to have ended, at most
+    `horizon_s`. Moves pay when the gain is above the loss. The first such gang, by time of submission, is proposed.
+    """
+    room = room_of(snapshot, decision)
+    holders = [
+        Holder(expected_end(snapshot, job, decision.run[job.job_id]), job.request, decision.run[job.job_id])
+        for job in snapshot.jobs
+        if job.job_id in decision.run
+    ]
+    movable = _movable(snapshot, decision)
+    ledger = _charged(snapshot, decision)
+    waiting = [job for job in snapshot.jobs if job.job_id in decision.wait and not job.is_held]
+    for job in sorted(waiting, key=lambda one: (one.submitted_s, one.job_id)):
+        request = job.request
+        needed = request.min_workers * request.gpus_per_worker
+        pools = [
+            pool
+            for pool in request.pools or snapshot.pools
+            if pool in snapshot.pools and ledger.may_hold(request.tenant, pool, needed)
+        ]
+        if place(room, request, pools, request.min_workers) is not None:
+            continue  # it waits for something else than room
+        start = earliest_start(room, holders, request, pools, request.min_workers, snapshot.now_s)
+        avoided_s = min(horizon_s, start.start_s - snapshot.now_s if start else horizon_s)
+        gain = needed * avoided_s
+        if gain > 0 and (found := _moves(room, job, pools, movable, gain)) is not None:
+            return found
+    return None
+
+
+def _charged(snapshot: Snapshot, decision: Decision) -> Ledger:
+    """What each tenant holds by the decision."""
+    ledger = Ledger(Tree(snapshot.tenants))
+    for job_id, allocation in decision.run.items():
+        request = snapshot.by_id[job_id].request
+        for node, count in allocation.items():
+            pool = pool_of(snapshot.node_by_id[node])
+            ledger.charge(request.tenant, {pool: count * request.gpus_per_worker})
+    return ledger
+
+
+def _movable(snapshot: Snapshot, decision: Decision) -> list[Resident]:
+    return [
+        Resident(job.request, job.allocation, 0, job.request.restart_s * job.workers * job.request.gpus_per_worker)
+        for job in snapshot.jobs
+        if job.is_running and job.request.is_preemptible and decision.run.get(job.job_id) == job.allocation
+    ]
+
+
+def _moves(room: Room, job: Job, pools: Sequence[str], movable: Sequence[Resident], gain: float) -> Moves | None:
+    request = job.request
+    for pool in pools:
+        victims = clear(room, request, (pool,), request.min_workers, movable)
+        cost = sum(victim.cost for victim in victims or ())
+        if not victims or cost >= gain:
+            continue
+        trial = room.copy()
+        for victim in victims:
+            trial.give(victim.request, victim.allocation)
+        allocation = place(trial, request, pool, request.min_workers)
+        if allocation is None:
+            continue
+        trial.take(request, allocation)
+        moved: dict[str, Allocation] = {}
+        for victim in victims:
+            own = {room.pool(node) for node in victim.allocation}
+            goal = place(trial, victim.request, sorted(p for p in own if p), sum(victim.allocation.values()))
+            if goal is None:
+                break
+            trial.take(victim.request, goal)
+            moved[victim.request.job_id] = goal
+        else:
+            return Moves(request.job_id, allocation, moved, cost, gain)
+    return None
+
+
+def _resized(room: Room, request: Request, names: Sequence[str], workers: int, held: Allocation) -> Allocation | None:
+    """`held` grown or shrunk in place; lost nodes are left out and replaced."""
+    kept = {node: min(held[node], room.fits(request, node)) for node in sorted(held) if room.pool(node) in names}
+    kept = {node: count for node, count in kept.items() if count}
+    missing = workers - sum(kept.values())
+    if not kept:
+        return None
+    if missing > 0:
+        room.take(request, kept)
+        found = extend(room, request, kept, missing)
+        room.give(request, kept)
+        return found
+    for node in sorted(kept, key=lambda name: (kept[name], name)):
+        fewer = min(kept[node], -missing)
+        kept[node] -= fewer
+        missing += fewer
+    return {node: count for node, count in kept.items() if count}
+
+
+def _spanning(room: Room, request: Request, names: Sequence[str], workers: int) -> Allocation | None:
+    """A gang over several pools: most wanted first if the job named them, else the roomiest, so that few are used."""
+    capacity = {pool: room.capacity(request, pool) for pool in names}
+    if sum(capacity.values()) < workers:
+        return None
+    found: dict[int, int] = {}
+    for pool in names if request.pools else sorted(names, key=lambda name: -capacity[name]):
+        part = min(capacity[pool], workers)
+        if part:
+            found.update(room.view(request, pool).gang(part) or {})
+            workers -= part
+    return room.named(found)

@@ -1,0 +1,304 @@
+"""The scheduler itself, without Ray: a journal, a view on the cluster and a policy, turned into leases.
+
+Everything that changes goes through the journal first. A lease is granted only into room that no other lease holds,
+whatever the policy said: that check is made here, once, against the ledger. A job whose allocation should change is
+asked to give its lease back (at a step boundary, after a checkpoint); its new one is granted when it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelyard.cluster import Cluster, Node
+from modelyard.errors import ConfigError
+from modelyard.scheduling import ledger as ledgers
+from modelyard.scheduling.admission import check_request
+from modelyard.scheduling.journal import Journal
+from modelyard.scheduling.ledger import Entry, Ledger, Status
+from modelyard.scheduling.measured import Gauge, Report
+from modelyard.scheduling.model import (
+    Action,
+    Allocation,
+    Decision,
+    Job,
+    LinearSpeed,
+    Policy,
+    Reason,
+    Request,
+    Snapshot,
+    Tenant,
+    Wait,
+    actions,
+    pool_of,
+)
+from modelyard.scheduling.quota import Tree
+
+SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a job's driver is told when it asks."""
+
+    status: Status
+    epoch: int
+    allocation: Allocation = field(default_factory=dict)
+    must_yield: bool = False
+    """The lease should be given back at the next step boundary, before `yield_by_s`."""
+    yield_by_s: float | None = None
+    reason: str = ""
+    """Why it waits, or why it must yield."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long the scheduler waits for whom."""
+
+    lease_ttl_s: float = 15.0
+    """A driver that has not been heard for so long has died."""
+    yield_timeout_s: float = 120.0
+    """Longest time between asking for a lease and taking it."""
+
+
+class Scheduler:
+    """Grants leases. Not thread-safe: its one caller serializes."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        cluster: Cluster,
+        policy: Policy,
+        *,
+        timing: Timing | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Replay the journal; leases of before go on, their drivers have one `lease_ttl_s` to be heard again.
+
+        Raises:
+            IntegrityError: the journal is damaged; the line and the way back are named.
+        """
+        self.policy = policy
+        self._journal, self._cluster, self._clock = journal, cluster, clock
+        self._timing = timing or Timing()
+        self.ledger = Ledger(journal.read())
+        now = clock()
+        self._heard: dict[str, float] = {entry.request.job_id: now for entry in self.ledger.active()}
+        self._yields: dict[str, tuple[float, str]] = {}
+        self._reasons: dict[str, Reason] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._done: dict[str, float] = {}
+        self._pools: dict[str, str] = {}
+
+    # --- what drivers call ---------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Answer:
+        """Put a job at the end of the line; the same request again only says where it stands.
+
+        Raises:
+            CapacityError, ConfigError: it can never run here; says what would.
+        """
+        entry = self.ledger.entries.get(request.job_id)
+        if entry is not None and not entry.status.is_over:
+            if dataclasses.replace(entry.request, priority=request.priority) != request:
+                raise ConfigError(
+                    f"job {request.job_id!r} is in the queue with another request",
+                    "cancel it first, or choose another id",
+                )
+        else:
+            check_request(request, self._cluster.nodes(), tuple(self.ledger.tenants.values()))
+            self._write(("submitted", {"request": ledgers.plain(request)}))
+        return self.renew(request.job_id)
+
+    def renew(self, job_id: str, report: Report | None = None) -> Answer:
+        """A sign of life from a job's driver; tells it what it holds and whether to give that back."""
+        entry = self.ledger.entry(job_id)
+        if not entry.status.is_over:
+            self._heard[job_id] = self._clock()
+        if report is not None:
+            self._done[job_id] = max(self._done.get(job_id, 0.0), report.done)
+            self._measure(entry, report)
+        return self.answer(job_id)
+
+    def answer(self, job_id: str) -> Answer:
+        """Where a job stands, without a sign of life."""
+        entry = self.ledger.entry(job_id)
+        yield_by, why = self._yields.get(job_id, (None, ""))
+        reason = self._reasons.get(job_id)
+        text = why if entry.status is Status.RUNNING else reason.text if reason else ""
+        return Answer(entry.status, entry.epoch, entry.allocation, yield_by is not None, yield_by, text)
+
+    def give_back(self, job_id: str, epoch: int, status: Status, done: float = 0.0) -> None:
+        """End a lease: the job is over, or (`WAITING`) goes back into the line. One given back before is ignored."""
+        entry = self.ledger.entry(job_id)
+        if entry.status is Status.RUNNING and entry.epoch == epoch:
+            self._write(("returned", {"job": job_id, "epoch": epoch, "status": str(status), "done": done}))
+            self._yields.pop(job_id, None)
+
+    # --- what people call ----------------------------------------------------------------------------------------
+
+    def cancel(self, job_id: str) -> None:
+        """Take a job out of the line; a running one is asked to give its lease back first."""
+        if not self.ledger.entry(job_id).status.is_over:
+            self._write(("cancelled", {"job": job_id}))
+
+    def hold(self, job_id: str, *, is_held: bool = True) -> None:
+        """Keep a job from being started (or let it go again). A running one is asked to give its lease back."""
+        if not self.ledger.entry(job_id).status.is_over:
+            self._write(("held", {"job": job_id, "is_held": is_held}))
+
+    def set_priority(self, job_id: str, priority: int) -> None:
+        """Change a job's priority; refused outside the band."""
+        dataclasses.replace(self.ledger.entry(job_id).request, priority=priority)
+        self._write(("priority", {"job": job_id, "priority": priority}))
+
+    def set_tenant(self, tenant: Tenant) -> None:
+        """Add or change a tenant; refused when the tree would have a cycle or an impossible guarantee."""
+        Tree([*(t for t in self.ledger.tenants.values() if t.name != tenant.name), tenant])
+        self._write(("tenant", {"tenant": ledgers.plain(tenant)}))
+
+    def remove_tenant(self, name: str) -> None:
+        """Forget a tenant; refused while others stand below it."""
+        Tree([t for t in self.ledger.tenants.values() if t.name != name])
+        self._write(("tenant_removed", {"name": name}))
+
+    def reason(self, job_id: str) -> Reason | None:
+        """Why a job waits, as of the last decision."""
+        self.ledger.entry(job_id)
+        return self._reasons.get(job_id)
+
+    # --- the round -----------------------------------------------------------------------------------------------
+
+    def decide(self) -> list[str]:
+        """One round: take what silent drivers held, ask the policy, grant what fits now. Returns who got a lease."""
+        self._expire()
+        snapshot = self.snapshot()
+        decision = self.policy.decide(snapshot)
+        self._reasons = dict(decision.wait)
+        self._ask_back(snapshot, decision)
+        return self._grant(snapshot, decision)
+
+    def snapshot(self) -> Snapshot:
+        """What the policy sees: nodes with what leases may use, jobs with their history."""
+        nodes = self._nodes()
+        alive = {node.node_id for node in nodes if node.is_usable}
+        return Snapshot(
+            now_s=self._clock(),
+            nodes=nodes,
+            jobs=tuple(self._job(entry, alive) for entry in self.ledger.active() if not entry.is_cancelled),
+            tenants=tuple(self.ledger.tenants.values()),
+        )
+
+    def _nodes(self) -> tuple[Node, ...]:
+        """The cluster's nodes; `total` without what others than leases use there."""
+        found = []
+        nodes = self._cluster.nodes()
+        self._pools = {node.node_id: pool_of(node) for node in nodes}
+        for node in nodes:
+            held = self.ledger.held(node.node_id)
+            total = {
+                name: amount - max(amount - node.free.get(name, 0.0) - held.get(name, 0.0), 0.0)
+                for name, amount in node.total.items()
+            }
+            found.append(
+                dataclasses.replace(node, total=total, free={n: a - held.get(n, 0.0) for n, a in total.items()})
+            )
+        return tuple(found)
+
+    def _job(self, entry: Entry, alive: set[str]) -> Job:
+        gauge = self._gauges.get(entry.request.job_id, Gauge())
+        return Job(
+            request=entry.request,
+            submitted_s=entry.submitted_s,
+            allocation={node: count for node, count in entry.allocation.items() if node in alive},
+            speed=gauge.speed or LinearSpeed(),
+            done=max(entry.done, self._done.get(entry.request.job_id, 0.0)),
+            attained_gpu_s=entry.attained_gpu_s,
+            restarts=entry.restarts,
+            changed_s=entry.changed_s,
+            is_held=entry.is_held,
+        )
+
+    def _measure(self, entry: Entry, report: Report) -> None:
+        pools = {self._pools.get(node, "") for node in entry.allocation}
+        if len(pools) == 1 and "" not in pools:  # a step over several pools tells nothing of one of them
+            gauge = self._gauges.setdefault(entry.request.job_id, Gauge())
+            gauge.take(pools.pop(), sum(entry.allocation.values()), len(entry.allocation), report)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for entry in self.ledger.active():
+            job_id, running = entry.request.job_id, entry.status is Status.RUNNING
+            silent_s = now - self._heard.setdefault(job_id, now)
+            if silent_s > self._timing.lease_ttl_s:
+                if running:
+                    self.give_back(job_id, entry.epoch, Status.LOST)
+                else:
+                    self._write(("cancelled", {"job": job_id}))
+            elif running and job_id in self._yields and now > self._yields[job_id][0]:
+                self.give_back(job_id, entry.epoch, Status.WAITING)
+
+    def _ask_back(self, snapshot: Snapshot, decision: Decision) -> None:
+        wanted: dict[str, str] = {}
+        for job_id, action in actions(snapshot, decision).items():
+            entry = self.ledger.entry(job_id)
+            if entry.status is Status.RUNNING and action in (Action.MOVE, Action.RESIZE, Action.PREEMPT):
+                wanted[job_id] = _why(action, snapshot, decision, job_id)
+        usable = {node.node_id for node in snapshot.nodes if node.is_usable}
+        for entry in self.ledger.active():
+            job_id = entry.request.job_id
+            if lost := sorted(set(entry.allocation) - usable):
+                wanted[job_id] = f"node {', '.join(node[:12] for node in lost)} is gone or being drained"
+            if entry.is_cancelled and entry.status is Status.RUNNING:
+                wanted[job_id] = "it was cancelled"
+        deadline = self._clock() + self._timing.yield_timeout_s
+        self._yields = {job: (self._yields.get(job, (deadline, ""))[0], why) for job, why in wanted.items()}
+
+    def _grant(self, snapshot: Snapshot, decision: Decision) -> list[str]:
+        free = {node.node_id: dict(node.free) for node in snapshot.nodes if node.is_usable}
+        granted, events = [], []
+        for job_id, allocation in decision.run.items():
+            entry = self.ledger.entry(job_id)
+            if entry.status is not Status.WAITING:
+                continue
+            if _take(free, entry.request, allocation):
+                events.append(("granted", {"job": job_id, "epoch": entry.epoch + 1, "allocation": dict(allocation)}))
+                granted.append(job_id)
+            else:
+                others = ", ".join(sorted(self._yields)) or "what runs beside the scheduler"
+                self._reasons[job_id] = Reason(
+                    Wait.NO_ROOM, f"{sum(allocation.values())} workers are chosen for it; waits for room from {others}"
+                )
+        self._write(*events)
+        return granted
+
+    def _write(self, *events: tuple[str, Mapping[str, Any]]) -> None:
+        for event in self._journal.append(*events):
+            self.ledger.apply(event)
+
+
+def _take(free: dict[str, dict[str, float]], request: Request, allocation: Allocation) -> bool:
+    """Take an allocation out of what is free; False, and nothing taken, if it does not fit."""
+    for node_id, workers in allocation.items():
+        for name, amount in request.resources.items():
+            if free.get(node_id, {}).get(name, 0.0) + SLACK < amount * workers:
+                return False
+    for node_id, workers in allocation.items():
+        for name, amount in request.resources.items():
+            if amount:
+                free[node_id][name] -= amount * workers
+    return True
+
+
+def _why(action: Action, snapshot: Snapshot, decision: Decision, job_id: str) -> str:
+    if action is Action.PREEMPT:
+        reason = decision.wait.get(job_id)
+        return f"preempted: {reason.text}" if reason else "preempted"
+    now, then = snapshot.by_id[job_id].workers, sum(decision.run[job_id].values())
+    return f"to go on with {then} workers instead of {now}" if now != then else f"to move its {now} workers"
+
+
+__all__ = ["Answer", "Scheduler", "Timing"]
