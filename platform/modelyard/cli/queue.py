@@ -55,6 +55,8 @@ def explain(job: str) -> None:
         click.echo(f"waits      {reason.text}")
         if reason.remedy:
             click.echo(f"  -> {reason.remedy}")
+    elif str(entry.status) == "waiting":
+        click.echo("waits      it was just submitted; the next round, within a second, looks at it")
     if failure:
         click.echo(f"the last scheduling round failed: {failure}")
 

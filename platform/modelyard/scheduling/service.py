@@ -145,7 +145,7 @@ def default_journal() -> str:
 
 
 def start(
-    policy_name: str = "goodput",
+    policy_name: str = "fair_share",
     *,
     journal: str | None = None,
     timing: Timing | None = None,
