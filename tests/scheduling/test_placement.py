@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.scheduling.builders import clusters, job, node, snapshot
 
 from modelyard.cluster import Node
+from modelyard.scheduling.clearing import Resident, clear
 from modelyard.scheduling.model import Decision, Reason, Request, Snapshot, Tenant, Wait
 from modelyard.scheduling.placement import Room, bundles, defragment, extend, place
 from modelyard.scheduling.room import copies, demand
@@ -62,8 +63,7 @@ def test_two_workers_never_share_a_gpu() -> None:
     here = room(node("a", 2))
     assert place(here, ask(gpus=0.5), "a100", 3) is None
     assert place(here, ask(gpus=0.5), "a100", 2) == {"a": 2}
-    seen = snapshot([node("a", 2)], ())
-    assert [worker["GPU"] for worker, _ in bundles(seen, {"a": 2}, ask(gpus=0.5))] == [1.0, 1.0]
+    assert [worker["GPU"] for worker, _ in bundles({"a": 2}, ask(gpus=0.5))] == [1.0, 1.0]
 
 
 def test_what_does_not_fit_cannot_be_taken() -> None:
@@ -93,15 +93,38 @@ def test_a_lost_node_is_replaced_and_the_others_are_kept() -> None:
     assert place(here, ask(), "a100", 6, held={"a": 4, "b": 2}) == {"a": 4, "c": 2}
 
 
-def test_bundles_pin_each_worker_to_its_node_and_pool() -> None:
-    seen = snapshot([node("b", 4), dataclasses.replace(node("a", 4), labels={})], ())
-    made = bundles(seen, {"b": 1, "a": 2}, ask(gpus=2))
-    assert [selector for _, selector in made] == [
-        {"ray.io/node-id": "a"},
-        {"ray.io/node-id": "a"},
-        {"ray.io/node-id": "b", "modelyard/pool": "a100"},
-    ]
+def test_bundles_pin_each_worker_to_its_node() -> None:
+    made = bundles({"b": 1, "a": 2}, ask(gpus=2))
+    assert [selector["ray.io/node-id"] for _, selector in made] == ["a", "a", "b"]
     assert {worker["GPU"] for worker, _ in made} == {2.0}
+
+
+def test_only_those_are_asked_to_leave_without_whom_it_does_not_fit() -> None:
+    here = room(node("a", 4), node("b", 4))
+    residents = [
+        Resident(job(name, count).request, {where: count}, rank=rank, cost=cost)
+        for name, where, count, rank, cost in [
+            ("cheap", "a", 1, 0, 1),
+            ("dear", "a", 3, 1, 9),
+            ("low", "b", 2, 0, 5),
+            ("high", "b", 2, 7, 1),
+        ]
+    ]
+    for one in residents:
+        here.take(one.request, one.allocation)
+    before = [dict(amounts) for amounts in here.free]
+
+    def leaving(workers: int, gpus: float = 1) -> list[str] | None:
+        found = clear(here, ask(workers, gpus), ("a100",), workers, residents)
+        return None if found is None else [one.request.job_id for one in found]
+
+    assert leaving(1) == ["cheap"]
+    assert leaving(2) == ["low"], "cheap alone would not do, and with low it is not needed"
+    assert leaving(3) == ["cheap", "low"]
+    assert leaving(1, gpus=3) == ["dear"], "cheap first in order, but without use once dear leaves"
+    assert leaving(1, gpus=4) == ["cheap", "dear"]
+    assert leaving(9) is None
+    assert here.free == before
 
 
 def fragmented(**small: object) -> tuple[Snapshot, Decision]:

@@ -95,8 +95,8 @@ def test_behind_a_head_that_waits_for_a_job_of_unknown_length_only_other_nodes_a
 
 
 def test_a_job_of_unknown_length_might_end_at_once_so_nothing_goes_in_front_of_the_head() -> None:
-    jobs = [held("known", 1, {"n": 1}, work=100), held("unknown", 2, {"n": 2}), job("head", 3, at=1)]
-    decision = decide("fifo", snapshot([node("n", 4)], [*jobs, job("short", 1, at=2, work=10)]))
+    jobs = [held("known", 2, {"n": 2}, work=100), held("unknown", 2, {"n": 2}), job("head", 3, at=1)]
+    decision = decide("fifo", snapshot([node("n", 5)], [*jobs, job("short", 1, at=2, work=10)]))
     assert "short" not in decision.run, "the head could start as soon as `unknown` ends"
 
 
@@ -247,6 +247,14 @@ def test_a_guest_who_holds_no_more_than_its_guarantee_is_left_alone() -> None:
     jobs = [held("g", 2, {"n": 2}, tenant="guest"), held("x", 2, {"n": 2}, tenant="stranger")]
     decision = decide("fair_share", snapshot([node("n", 8)], [*jobs, job("mine", 6, tenant="owner")], tenants))
     assert set(decision.run) == {"g", "mine"}
+
+
+def test_no_more_is_taken_back_than_was_borrowed() -> None:
+    tenants = [Tenant(name="owner", guaranteed={"a100": 4}), Tenant(name="guest", guaranteed={"a100": 4})]
+    jobs = [held("large", 4, {"n": 4}, tenant="guest"), held("small", 1, {"n": 1}, at=1, tenant="guest")]
+    jobs += [held("fixed", 1, {"n": 1}, tenant="stranger", is_preemptible=False), job("mine", 4, at=2, tenant="owner")]
+    decision = decide("fair_share", snapshot([node("n", 8)], jobs, tenants))
+    assert set(decision.run) == {"large", "small", "fixed"}, "the guest borrowed 1, and 1 is not enough"
 
 
 def test_who_has_waited_longer_than_patience_goes_before_smaller_shares() -> None:

@@ -205,6 +205,18 @@ def test_a_cancelled_job_ends_when_it_gives_back(world: World) -> None:
     assert world.status("a") is Status.CANCELLED
 
 
+def test_a_running_job_on_hold_is_asked_back_and_waits_until_it_is_released(world: World) -> None:
+    world.submit("a")
+    world.decide(a={"n1": 2})
+    world.scheduler.hold("a")
+    world.decide(a={"n1": 2})
+    assert world.scheduler.renew("a").reason == "it was put on hold"
+    world.scheduler.give_back("a", 1, Status.WAITING)
+    assert world.decide(a={"n1": 2}) == [], "whatever the policy says"
+    world.scheduler.hold("a", is_held=False)
+    assert world.decide(a={"n1": 2}) == ["a"]
+
+
 def test_submitting_the_same_again_only_asks_and_another_request_is_refused(world: World) -> None:
     world.submit("a", 2)
     world.decide(a={"n1": 2})

@@ -22,11 +22,10 @@ from modelyard.errors import LeaseLostError, ModelyardError, WaitTimeoutError
 from modelyard.scheduling.ledger import Status
 from modelyard.scheduling.measured import Report
 from modelyard.scheduling.model import POOL_LABEL, Allocation, Request
+from modelyard.scheduling.placement import bundles
 from modelyard.scheduling.scheduler import Answer
 
 logger = logging.getLogger(__name__)
-
-NODE_LABEL = "ray.io/node-id"
 
 
 class Lease:
@@ -63,8 +62,7 @@ class Lease:
         if self.is_local:
             selector = {POOL_LABEL: f"in({','.join(self.request.pools)})"} if self.request.pools else {}
             return [(dict(self.request.resources), selector)] * self.request.max_workers
-        nodes = [node for node, count in sorted(self.allocation.items()) for _ in range(count)]
-        return [(dict(self.request.resources), {NODE_LABEL: node}) for node in nodes]
+        return bundles(self.allocation, self.request)
 
     @property
     def must_yield(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from modelyard.scheduling.clearing import Resident, clear
 from modelyard.scheduling.forecast import Holder, earliest_start, expected_end
-from modelyard.scheduling.model import POOL_LABEL, Allocation, Decision, Job, Request, Snapshot, pool_of
+from modelyard.scheduling.model import Allocation, Decision, Job, Request, Snapshot, pool_of
 from modelyard.scheduling.quota import Ledger, Tree
 from modelyard.scheduling.room import Room
 
@@ -71,9 +71,7 @@ def extend(room: Room, request: Request, held: Allocation, workers: int) -> Allo
     return {node: found[node] for node in sorted(found)}
 
 
-def bundles(
-    snapshot: Snapshot, allocation: Allocation, request: Request
-) -> list[tuple[dict[str, float], dict[str, str]]]:
+def bundles(allocation: Allocation, request: Request) -> list[tuple[dict[str, float], dict[str, str]]]:
     """Each worker's Ray bundle and the label selector that pins it to its node; workers of a node stand together."""
     found = []
     whole = {
@@ -82,11 +80,7 @@ def bundles(
         if amount > 0
     }
     for node_id in sorted(allocation):
-        labels = snapshot.node_by_id[node_id].labels
-        selector = {NODE_ID_LABEL: node_id}
-        if POOL_LABEL in labels:
-            selector[POOL_LABEL] = labels[POOL_LABEL]
-        found += [(dict(whole), dict(selector)) for _ in range(allocation[node_id])]
+        found += [(dict(whole), {NODE_ID_LABEL: node_id}) for _ in range(allocation[node_id])]
     return found
 
 

@@ -252,8 +252,8 @@ class Scheduler:
             job_id = entry.request.job_id
             if lost := sorted(set(entry.allocation) - usable):
                 wanted[job_id] = f"node {', '.join(node[:12] for node in lost)} is gone or being drained"
-            if entry.is_cancelled and entry.status is Status.RUNNING:
-                wanted[job_id] = "it was cancelled"
+            if entry.status is Status.RUNNING and (entry.is_cancelled or entry.is_held):
+                wanted[job_id] = "it was cancelled" if entry.is_cancelled else "it was put on hold"
         deadline = self._clock() + self._timing.yield_timeout_s
         self._yields = {job: (self._yields.get(job, (deadline, ""))[0], why) for job, why in wanted.items()}
 
@@ -262,7 +262,7 @@ class Scheduler:
         granted, events = [], []
         for job_id, allocation in decision.run.items():
             entry = self.ledger.entry(job_id)
-            if entry.status is not Status.WAITING:
+            if entry.status is not Status.WAITING or entry.is_held:
                 continue
             if _take(free, entry.request, allocation):
                 events.append(("granted", {"job": job_id, "epoch": entry.epoch + 1, "allocation": dict(allocation)}))

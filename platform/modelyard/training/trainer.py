@@ -17,7 +17,7 @@ from ray.train.v2.api.result import Result
 
 from modelyard.artifacts import filesystem
 from modelyard.cluster import RayCluster
-from modelyard.scheduling.client import NODE_LABEL
+from modelyard.scheduling.placement import NODE_ID_LABEL
 from modelyard.training.config import TrainConfig
 from modelyard.training.elastic import InterruptAwareFailurePolicy, RoomPolicy, resize_request
 from modelyard.training.leased import LeasedNodes, Selectors
@@ -53,7 +53,7 @@ def trainer(
     if selectors is not None:
         count = len(selectors)
         workers = workers.with_changes(min=count, max=count, start_timeout_s=LEASED_START_TIMEOUT_S)
-        on_nodes = Counter(labels[NODE_LABEL] for labels in selectors)
+        on_nodes = Counter(labels[NODE_ID_LABEL] for labels in selectors)
         cluster = LeasedNodes(RayCluster(), workers.per_worker, dict(on_nodes))
     storage_filesystem, storage_path = filesystem.resolve(storage_uri)
     scaling = ray.train.ScalingConfig(
