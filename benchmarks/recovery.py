@@ -6,8 +6,8 @@
 
 Faults: `worker` (SIGKILL of one worker process), `node` (SIGKILL of a node's raylet), `drain` (a notice 30 s ahead,
 then the node is killed). Both ways train the same Llama-style model with the same batch on the same fake nodes
-(ray.cluster_utils: one head without CPUs, three nodes of one CPU; two workers, elastic down to one, a checkpoint
-every ten steps). A step counts as finished when its worker says so, by the clock of this machine.
+(ray.cluster_utils: one head without CPUs, two nodes of one CPU; two workers, elastic down to one, a checkpoint
+every ten steps). So a lost node leaves room for one worker; with `--nodes 3` there is a spare. A step counts as finished when its worker says so, by the clock of this machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FAULT"))
-    parser.add_argument("--nodes", type=int, default=3, help="fake nodes of one CPU; 2 leaves one after a lost node")
+    parser.add_argument("--nodes", type=int, default=2, help="fake nodes of one CPU; 3 leaves a spare for a lost one")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(*options.one, num_nodes=options.nodes)))
