@@ -36,7 +36,7 @@ format: $(READY)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis platform/*.egg-info
-	find platform tests jobs benchmarks serve_apps -name __pycache__ -prune -exec rm -rf {} +
+	find platform tests jobs benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: packages that build against it find it there.
 $(READY): pyproject.toml

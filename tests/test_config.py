@@ -136,7 +136,7 @@ def test_an_unknown_kind_is_refused_with_the_nearest_kind() -> None:
         ({"batch": {"rows": "many"}}, "batch.rows: input should be a valid integer, unable to parse"),
         ({"batch": {"rows": 1.5}}, "(got 1.5)"),
         ({"batch": 3}, "batch: input should be a valid dictionary or instance of Batch (got 3)"),
-        ({"stages": {"name": "a"}}, "stages: input should be a valid tuple"),
+        ({"stages": {"name": "a"}}, "stages: should be a list, for example"),
         ({"extra": {}}, "extra.name: required, but not given"),
         ({"name": 7}, "name: input should be a valid string, in quotes (got 7)"),
         ({"name": "a b"}, "name: a name holds no spaces (got 'a b')"),

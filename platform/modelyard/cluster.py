@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from modelyard.errors import NotFoundError
+from modelyard.errors import NotFoundError, StartError
 
 if TYPE_CHECKING:
     from ray.runtime_context import RuntimeContext
@@ -121,7 +122,16 @@ def connect(**options: Any) -> RuntimeContext:
         _quiet_ray()
         if os.environ.get("RAY_ADDRESS", "local") == "local" and "address" not in options:
             options = {"include_dashboard": False, **options}
-        ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+        except ConnectionError:
+            raise
+        except (RuntimeError, OSError, TimeoutError, subprocess.SubprocessError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise StartError(
+                f"Ray did not start: {reason}",
+                "try again; if it stays so, see the newest logs in /tmp/ray/session_latest/logs",
+            ) from error
         logger.info("connected to Ray at %s", ray.get_runtime_context().gcs_address)
     return ray.get_runtime_context()
 

@@ -118,8 +118,8 @@ def parse(config_type: type[ConfigT], data: Mapping[str, Any], source: str = "co
         found = [_explain(config_type, dict(detail)) for detail in error.errors()]
         lines = [f"{field}: {problem}" if field else problem for field, problem in found]
         problem = lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])
-        field, first = found[0][0] or "FIELD", error.errors()[0]["type"]
-        todo = f"change {field} in the config file, or pass --{field}=VALUE"
+        field, first = found[0][0], error.errors()[0]["type"]
+        todo = f"change {field} in the config file, or pass --{field}=VALUE" if field else "change one of these values"
         if first == "extra_forbidden":
             todo = "correct its name, or take it out; --print-config shows every field"
         raise ConfigError(f"{source}: {problem}", todo) from None
@@ -157,6 +157,8 @@ def _explain(config_type: type[BaseModel], detail: dict[str, Any]) -> tuple[str,
         return field, f"unknown value {context['tag']!r}; {nearest(str(context['tag']), tags)}"
     message = str(detail["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if kind in ("tuple_type", "list_type"):
+        message = f"should be a list, for example [{value}]"
     if kind == "string_type" and isinstance(value, bool | int | float):
         message += ", in quotes"
     return field, message if isinstance(value, Mapping | BaseModel) else f"{message} (got {reprlib.repr(value)})"

@@ -10,6 +10,7 @@
     ├── IntegrityError        bytes are not what they should be; nothing was read from them
     │   └── UnsafeFileError       a file could run code when it is read
     ├── StorageError          a disk or an object store refused: full, unreachable, denied
+    ├── StartError            Ray did not start on this machine
     ├── LeaseLostError        the scheduler took a job's lease away: cancelled, or not heard for too long
     └── TrainingError         a run failed on its workers
         ├── DivergedError         the loss is no longer a number
@@ -75,6 +76,10 @@ class UnsafeFileError(IntegrityError):
 
 class StorageError(ModelyardError):
     """A disk or an object store refused: full, unreachable, denied."""
+
+
+class StartError(ModelyardError):
+    """Ray did not start on this machine."""
 
 
 class LeaseLostError(ModelyardError):

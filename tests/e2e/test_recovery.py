@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,6 +97,23 @@ def test_a_run_grows_at_a_step_boundary_when_room_appears(
     steps = [record["step"] for record in driver.records("step")]
     assert steps == list(range(1, 81)), "no step was done twice: the gang stopped right after a checkpoint"
     assert grown["samples"] == SampleOrder(90, 0).sample_ids(np.arange(80 * 96)).tolist()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_of_the_step_it_was_at(
+    start_driver: Callable[..., Any], config_file: Path, number: signal.Signals
+) -> None:
+    rarely = "--checkpoint.every_steps=1000"
+    first = start_driver(config_file, "first", "--run=told", rarely)
+    first.wait_for_step(8)
+    first.process.send_signal(number)
+    assert first.process.wait(60) != 0
+    second = start_driver(config_file, "second", "--run=told", rarely)
+    told = second.result()
+
+    (resumed,) = second.records("start")
+    assert resumed["step"] >= 8
+    assert told["samples"] == SampleOrder(90, 0).sample_ids(np.arange(STEPS * 96)).tolist()
 
 
 @pytest.mark.parametrize("fault", ["node", "drain"])

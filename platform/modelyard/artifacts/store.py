@@ -103,6 +103,18 @@ class Store:
             check_free_space(self._root, needed)
             return self._put_local(folder, names, build)
 
+    def check_writable(self) -> None:
+        """Write and delete a small object, so that a store that refuses does so before the work of hours.
+
+        Raises:
+            StorageError: the store is full, unreachable or denies access.
+        """
+        fs, root = resolve(self.uri)
+        path = f"{root}/{_STAGING}/{uuid.uuid4().hex}"
+        with translate_errors(self.uri):
+            write_bytes(fs, path, b"writable")
+            fs.delete_file(path)
+
     def manifest(self, kind: Kind, digest: str) -> Manifest:
         """The manifest of a stored artifact.
 

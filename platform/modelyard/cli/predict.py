@@ -14,7 +14,13 @@ from modelyard.errors import ConfigError
 @click.argument("inputs", nargs=-1, required=True)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest text; default 64, or half the context.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: no sampling.")
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Nucleus to sample from.")
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Nucleus to sample from.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
 def predict_command(
     ref: str, inputs: tuple[str, ...], max_new_tokens: int | None, temperature: float, top_p: float, seed: int

@@ -40,6 +40,7 @@ def prepare(
     report = on_progress or _ignore
     parts = plan(config)
     registry = registry or Registry.from_settings()
+    registry.store.check_writable()
     home = settings().home
     with translate_errors(home):
         home.mkdir(parents=True, exist_ok=True)

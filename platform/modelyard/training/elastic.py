@@ -22,7 +22,7 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from modelyard.cluster import Cluster, Node, RayCluster
-from modelyard.errors import CapacityError, DivergedError, InputError, IntegrityError, WaitTimeoutError
+from modelyard.errors import CapacityError, DivergedError, InputError, IntegrityError, TrainingError, WaitTimeoutError
 from modelyard.training.config import Workers
 from modelyard.training.interrupts import Interrupted, original_error
 from modelyard.training.monitor import stop_request
@@ -97,18 +97,22 @@ class RoomPolicy(ScalingPolicy):  # type: ignore[misc]
         workers: Workers,
         request_resize: Callable[[int], None],
         cluster: Cluster | None = None,
+        is_closing: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(scaling_config)
         self._workers = workers
         self._need = _shown(workers.per_worker, workers.per_worker)
         self._request_resize = request_resize
         self._cluster = cluster or RayCluster()
+        self._is_closing = is_closing
         self._held: dict[str, int] = {}
         self._waiting_since: float | None = None
         self._looked_at = time.monotonic()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Start with whatever fits; wait (up to `workers.start_timeout_s`) while that is below the minimum."""
+        if self._is_closing():
+            raise TrainingError("the run's driver leaves", "the same command continues at the newest checkpoint")
         self._maybe_send_resource_request()
         fitting = room(self._cluster.nodes(), self._workers, self._held)
         now = time.monotonic()

@@ -1,12 +1,23 @@
-"""Stopping a gang on purpose, and making one message out of its errors."""
+"""Stopping a gang or a driver on purpose, and making one message out of a gang's errors."""
 
 from __future__ import annotations
 
+import logging
 import re
+import signal
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from modelyard.errors import ModelyardError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+LEAVE_TIMEOUT_S = 30.0
+"""Longest wait for the workers' last checkpoint when the driver is told to end."""
+T = TypeVar("T")
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run goes on with another gang
@@ -19,6 +30,59 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the run goes on with
 
     def __str__(self) -> str:
         return f"interrupted at step {self.step}: {self.reason}"
+
+
+def interruptible(call: Callable[[], T], leave: Callable[[], None]) -> T:
+    """`call()` on a thread, so that Ctrl-C and SIGTERM reach this one: then `leave()` is asked to end the call.
+
+    Ray Train's own handler of Ctrl-C ends the process on the spot. A second signal does not wait any longer.
+
+    Raises:
+        KeyboardInterrupt: a signal came; the call has ended, or `LEAVE_TIMEOUT_S` is over.
+    """
+    outcome: dict[str, Any] = {}
+    over = threading.Event()  # not Thread.join: interrupted once, it takes a running thread for an ended one
+
+    def run() -> None:
+        try:
+            outcome["value"] = call()
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            outcome["error"] = error
+        over.set()
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    try:
+        with _terminated_as_interrupted():
+            while not over.wait(0.5):
+                pass
+    except KeyboardInterrupt:
+        logger.warning("interrupted: the workers write a last checkpoint (again to leave at once)")
+        leave()
+        over.wait(LEAVE_TIMEOUT_S)
+        logger.warning("the same command goes on at the newest checkpoint")
+        raise
+    if "error" in outcome:
+        raise outcome["error"]
+    value: T = outcome["value"]
+    return value
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Treat SIGTERM, which Slurm, Kubernetes and systemd send, as Ctrl-C. Only the main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def original_error(error: BaseException) -> BaseException:

@@ -29,7 +29,7 @@ from modelyard.training.checkpoints import CheckpointStore
 from modelyard.training.config import TrainConfig
 from modelyard.training.deepspeed_config import check_passthrough
 from modelyard.training.history import History
-from modelyard.training.interrupts import Interrupted, grouped, original_error
+from modelyard.training.interrupts import Interrupted, grouped, interruptible, original_error
 from modelyard.training.leased import Selectors, check_lease, request_of, train_on
 from modelyard.training.monitor import Record, stop_request
 from modelyard.training.progress import Progress
@@ -205,6 +205,7 @@ class _Launch:
     @contextmanager
     def _admitted(self) -> Iterator[Any]:
         """The run's monitor, on a cluster that can hold the workers. A run refused here leaves no record."""
+        self._store.check_writable()
         for name, value in RAY_TRAIN_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         interval = str(self._config.failures.health_check_interval_s)
@@ -267,7 +268,7 @@ class _Launch:
             selectors=selectors,
         )
         try:
-            result = fit.fit()
+            result = interruptible(fit.fit, lambda: ray.get(monitor.close.remote("interrupted"), timeout=10))
         except ray.train.WorkerGroupError as error:
             logger.debug("workers failed: %s", error)
             for cause in map(original_error, error.worker_failures.values()):

@@ -29,6 +29,7 @@ class RunMonitor:
     def __init__(self) -> None:
         self._records: list[Record] = []
         self._wish: tuple[Wish, str] | None = None
+        self._closing = False
 
     def push(self, records: list[Record]) -> tuple[Wish, str] | None:
         """Called by worker 0. Takes records, returns the wish that is waiting, if any."""
@@ -43,6 +44,15 @@ class RunMonitor:
         """Ask the workers to checkpoint and stop; a later wish replaces an earlier one, but never a `stop`."""
         if self._wish is None or self._wish[0] != "stop":
             self._wish = (wish, reason)
+
+    def close(self, reason: str) -> None:
+        """The driver leaves: ask the workers to checkpoint and stop, and let no other gang start."""
+        self._closing = True
+        self.request("resize", reason)
+
+    def is_closing(self) -> bool:
+        """Whether the driver leaves."""
+        return self._closing
 
     def started(self) -> None:
         """A new gang runs: a wish to resize has been fulfilled."""
@@ -76,6 +86,16 @@ def stop_request(monitor: Any) -> Callable[[str], None]:
             logger.warning("the run's monitor did not take the wish to make way; trying again", exc_info=True)
 
     return ask
+
+
+def is_closing(monitor: Any) -> bool:
+    """Whether the run's driver leaves, or is gone and its monitor with it."""
+    try:
+        return bool(ray.get(monitor.is_closing.remote(), timeout=_CALL_TIMEOUT_S))
+    except ray.exceptions.GetTimeoutError:
+        return False
+    except ray.exceptions.RayActorError:
+        return True
 
 
 class Reporter:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from modelyard.artifacts.filesystem import translate_errors
 from modelyard.artifacts.manifest import FileEntry
 from modelyard.config import Config
 from modelyard.errors import ConfigError
@@ -105,10 +106,13 @@ def exclusive(home: Path, run_id: str) -> Iterator[None]:
 
     Raises:
         ConfigError: another driver works on it.
+        StorageError: `home` cannot be written.
     """
     path = home / "locks" / f"{run_id}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with translate_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

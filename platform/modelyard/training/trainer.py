@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -21,6 +22,7 @@ from modelyard.scheduling.placement import NODE_ID_LABEL
 from modelyard.training.config import TrainConfig
 from modelyard.training.elastic import InterruptAwareFailurePolicy, RoomPolicy, resize_request
 from modelyard.training.leased import LeasedNodes, Selectors
+from modelyard.training.monitor import is_closing
 
 LEASED_START_TIMEOUT_S = 10.0
 """Longest wait for a leased node: one that is gone does not come back under the same name."""
@@ -76,7 +78,7 @@ def trainer(
         ),
     )
     result.policies = {
-        "scaling_policy": RoomPolicy(scaling, workers, resize_request(monitor), cluster),
+        "scaling_policy": RoomPolicy(scaling, workers, resize_request(monitor), cluster, partial(is_closing, monitor)),
         "failure_policy": InterruptAwareFailurePolicy(failures, is_leased=selectors is not None),
     }
     return result

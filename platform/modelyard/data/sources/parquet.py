@@ -60,10 +60,23 @@ def read_row_group(part: Part, columns: Sequence[str]) -> Iterator[Any]:
     try:
         with translate_errors(part.uri), paths.open_file(part.uri) as source:
             reader = pq.ParquetFile(source)
-            for batch in reader.iter_batches(1024, row_groups=[part.start], columns=list(columns)):
+            for batch in _batches(reader, part, columns):
                 yield pa.table(batch).select(list(columns))
     except pa.ArrowException as error:
-        raise DataError(f"{part.uri}: row group {part.start} is damaged: {error}", "write the file again") from error
+        raise _damaged(part, error) from error
+
+
+def _batches(reader: Any, part: Part, columns: Sequence[str]) -> Iterator[Any]:
+    try:
+        yield from reader.iter_batches(1024, row_groups=[part.start], columns=list(columns))
+    except OSError as error:
+        if error.errno is None and "orrupt" in str(error):  # pyarrow's name for data that does not decompress
+            raise _damaged(part, error) from error
+        raise
+
+
+def _damaged(part: Part, error: Exception) -> DataError:
+    return DataError(f"{part.uri}: row group {part.start} is damaged: {error}", "write the file again")
 
 
 def _footer(uri: str) -> Any:

@@ -34,7 +34,9 @@ def find_files(paths: Sequence[str], patterns: Sequence[str]) -> list[File]:
         with filesystem.translate_errors(path):
             files = _find(path, patterns)
         if not files:
-            raise DataError(f"source path {path!r} holds no file like {', '.join(patterns)}", "check source.paths")
+            raise DataError(
+                f"source path {path!r} holds no file like {', '.join(patterns)}", "check `source` in the config"
+            )
         found.update((file.uri, file) for file in files)
     return list(found.values())
 
@@ -62,7 +64,7 @@ def _find(path: str, patterns: Sequence[str]) -> list[File]:
     if info.type == pafs.FileType.File and not glob:
         return [File(base + suffix, int(info.size))]
     if info.type == pafs.FileType.NotFound:
-        raise DataError(f"source path {path!r} does not exist", "check source.paths")
+        raise DataError(f"source path {path!r} does not exist", "check `source` in the config")
     matches = _glob_matcher(glob) if glob else re.compile("|".join(f"(?:.*/)?{fnmatch.translate(p)}" for p in patterns))
     return [
         File(f"{base.rstrip('/')}/{name}{suffix}", size)
