@@ -7,7 +7,8 @@
 Faults: `worker` (SIGKILL of one worker process), `node` (SIGKILL of a node's raylet), `drain` (a notice 30 s ahead,
 then the node is killed). Both ways train the same Llama-style model with the same batch on the same fake nodes
 (ray.cluster_utils: one head without CPUs, two nodes of one CPU; two workers, elastic down to one, a checkpoint
-every ten steps). So a lost node leaves room for one worker; with `--nodes 3` there is a spare. A step counts as finished when its worker says so, by the clock of this machine.
+every ten steps). So a lost node leaves room for one worker; with `--nodes 3` there is a spare. A step counts as
+finished when its worker says so, by the clock of this machine.
 """
 
 from __future__ import annotations

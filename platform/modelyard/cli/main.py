@@ -47,6 +47,7 @@ COMMANDS: dict[str, Entry] = {
     "queue": Entry("modelyard.cli.queue:queue", "Show and steer the jobs that wait and run."),
     "quota": Entry("modelyard.cli.quota:quota", "Show and set what tenants may hold."),
     "scheduler": Entry("modelyard.cli.scheduler:scheduler", "Start, stop and repair the cluster's scheduler."),
+    "simulate": Entry("modelyard.cli.simulate:simulate", "Replay a workload through scheduling policies."),
     "train": Entry("modelyard.cli.train:train_command", "Train a model and register it."),
 }
 
