@@ -252,6 +252,8 @@ class _Launch:
         try:
             return self._attempt(monitor, job, selectors)
         except (Interrupted, WaitTimeoutError):
+            if selectors is None:
+                raise  # there is no scheduler that could give another
             return None
 
     def _attempt(self, monitor: Any, job: Job, selectors: Selectors | None) -> Trained:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from modelyard.cluster import Cluster, Node
-from modelyard.errors import CapacityError, LeaseLostError
+from modelyard.errors import ConfigError, LeaseLostError
 from modelyard.scheduling.client import Lease
 from modelyard.scheduling.model import Request
 from modelyard.training.config import TrainConfig
@@ -119,10 +119,8 @@ def check_lease(config: TrainConfig) -> None:
     """Refuse a lease that contradicts the workers' own placement.
 
     Raises:
-        CapacityError: `workers.pool` is not among `lease.pools`.
+        ConfigError: `workers.pool` is not among `lease.pools`.
     """
     lease, pool = config.lease, config.workers.pool
     if lease is not None and pool and lease.pools and pool not in lease.pools:
-        raise CapacityError(
-            f"workers.pool={pool!r} is not among lease.pools={list(lease.pools)}", "drop one of the two"
-        )
+        raise ConfigError(f"workers.pool={pool!r} is not among lease.pools={list(lease.pools)}", "drop one of the two")
