@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,3 +146,20 @@ def test_without_a_scheduler_the_same_code_runs_at_once(ray_cluster: str) -> Non
         assert (held.is_local, held.workers, held.must_yield) == (True, 2, False)
         with held.placement_group(timeout_s=60) as group:
             assert len(group.bundle_specs) == 2
+
+
+@pytest.mark.parametrize("policy", ["goodput", "priority"])
+def test_thirty_jobs_on_three_pools_all_end_though_the_scheduler_and_a_node_are_killed(
+    policy: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("many_jobs.py")), policy]
+    command.append(f"sqlite:///{tmp_path / 'many.db'}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["faults"] == 2
+    assert (seen["errors"], seen["unfinished"], seen["last_failure"]) == ([], [], "")
+    assert (seen["statuses"], seen["jobs"]) == (["done"], 30), "nothing is lost"
+    assert seen["most_on_a_node"] == 4, "never two leases on one GPU, and no GPU idle all the time"
+    assert seen["unexplained"] == [], "whoever waits is told why"
+    assert (seen["leased_at_the_end"], seen["free_gpus_at_the_end"]) == (0, 20), "no GPU leaks; four went with the node"
