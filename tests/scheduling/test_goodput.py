@@ -150,7 +150,7 @@ def test_every_waiting_job_gets_a_reason_with_numbers():
     }
     assert all(reason.remedy for reason in wait.values())
     assert "holds 8 when empty" in wait["giant"].text
-    assert "0 of 4 workers are free in fast" in wait["two"].text
+    assert "fast has room for 0 of at most 4 workers" in wait["two"].text
 
 
 def problem(seed: int, jobs: int = 7, columns: int = 4) -> Problem:

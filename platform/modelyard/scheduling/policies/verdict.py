@@ -122,8 +122,9 @@ class Verdict:
         return [pool for pool in wanted if pool in self.snapshot.pools]
 
     def _rooms(self, job: Job) -> str:
+        most = {pool: self.catalogue.shape(job.request, pool).workers for pool in self._pools(job)}
         return ", ".join(
-            f"{self.room.capacity(job.request, pool)} of {self.catalogue.shape(job.request, pool).workers} workers are "
-            f"free in {pool}"
-            for pool in self._pools(job)
+            f"{pool} has room for {self.room.capacity(job.request, pool)} of at most {workers} workers"
+            for pool, workers in most.items()
+            if workers
         )
