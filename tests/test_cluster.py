@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelyard.cluster import FakeCluster, Node, RayCluster
+from modelyard.cluster import FakeCluster, Node, RayCluster, connect, connect_existing
+from modelyard.errors import NotFoundError, StartError
 
 
 def node(**fields: object) -> Node:
@@ -89,3 +90,30 @@ def test_rays_view_of_its_nodes_comes_through(ray_cluster: str) -> None:
     assert only.is_usable
     assert only.matches({"ray.io/node-id": only.node_id})
     assert RayCluster().max_resources() is None
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("raylet died\nmore"), TimeoutError("raylet died"), OSError("raylet died")]
+)
+def test_a_ray_that_does_not_start_is_one_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(StartError, match=r"Ray did not start: raylet died\n  -> try again"):
+        connect()
+
+
+def test_without_a_cluster_to_join_it_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def fails(**_: object) -> None:
+        raise ConnectionError("no address")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(NotFoundError, match="ray start --head"):
+        connect_existing()

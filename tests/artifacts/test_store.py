@@ -37,6 +37,15 @@ def test_an_opened_artifact_has_the_bytes_that_were_put(store: Store, folder: Pa
     assert store.digests("dataset") == []
 
 
+def test_a_store_that_cannot_be_written_says_so_before_any_work(tmp_path: Path) -> None:
+    good = Store(str(tmp_path / "good"), tmp_path / "cache")
+    good.check_writable()
+    assert [path for path in Path(good.uri).rglob("*") if path.is_file()] == []
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(NotFoundError, match="file/store"):
+        Store(str(tmp_path / "file" / "store"), tmp_path / "cache").check_writable()
+
+
 def test_the_same_content_is_the_same_artifact_and_other_lineage_is_another(store: Store, folder: Path) -> None:
     first, again = put(store, folder), put(store, folder)
     assert again == first

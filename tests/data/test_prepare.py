@@ -19,7 +19,7 @@ from modelyard.data.config import PrepareConfig
 from modelyard.data.dataset import Dataset, DatasetInfo
 from modelyard.data.prepare import prepare, prepare_folder
 from modelyard.data.progress import Progress
-from modelyard.errors import ConfigError, DataError, StorageError
+from modelyard.errors import ConfigError, DataError, NotFoundError, StorageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -260,3 +260,14 @@ def test_the_settings_of_ray_data_are_put_back(tmp_path: Path) -> None:
     before = context.execution_options.preserve_order, context.enable_progress_bars
     prepare_folder(config(write_lines(tmp_path / "a.jsonl", [story(i) for i in range(40)])), tmp_path / "out")
     assert (context.execution_options.preserve_order, context.enable_progress_bars) == before
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("MODELYARD_STORE", str(tmp_path / "file" / "store"))
+    seen: list[Progress] = []
+    with pytest.raises(NotFoundError, match="file/store"):
+        prepare(config(write_lines(tmp_path / "a.jsonl", [story(1)])), on_progress=seen.append)
+    assert seen == []

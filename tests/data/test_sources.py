@@ -144,14 +144,15 @@ def test_a_truncated_parquet_file_is_named_before_work_starts(tmp_path: Path, ke
         plan(config(kind="parquet", paths=[str(tmp_path)]))
 
 
-def test_damaged_parquet_data_is_named_when_it_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "gzip", "lz4", "brotli", "none"])
+def test_damaged_parquet_data_is_named_when_it_is_read(tmp_path: Path, compression: str) -> None:
     path = tmp_path / "a.parquet"
     rows = [np.random.default_rng(i).bytes(40).hex() for i in range(500)]
-    pq.write_table(pa.table({"text": rows}), path, compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table({"text": rows}), path, compression=compression, use_dictionary=False)
     data = bytearray(path.read_bytes())
     data[200:2000] = b"\xff" * 1800
     path.write_bytes(data)
-    with pytest.raises((DataError, StorageError), match=r"a\.parquet"):
+    with pytest.raises(DataError, match=r"a\.parquet: row group 0 is damaged"):
         documents(kind="parquet", paths=[str(path)])
 
 

@@ -14,7 +14,7 @@ from modelyard.errors import CapacityError, ConfigError, IntegrityError, NotFoun
 from modelyard.scheduling.journal import Event, Journal
 from modelyard.scheduling.ledger import Ledger, Status
 from modelyard.scheduling.measured import Report
-from modelyard.scheduling.model import Allocation, Decision, Reason, Request, Snapshot, Tenant, Wait
+from modelyard.scheduling.model import Allocation, Decision, LinearSpeed, Reason, Request, Snapshot, Tenant, Wait
 from modelyard.scheduling.scheduler import Scheduler, Timing
 
 
@@ -233,6 +233,16 @@ def test_a_job_that_is_over_may_be_submitted_again(world: World) -> None:
     world.submit("a")
     assert world.decide(a={"n1": 2}) == ["a"]
     assert world.scheduler.renew("a").epoch == 2
+
+
+def test_a_job_submitted_again_starts_without_the_progress_of_the_one_before(world: World) -> None:
+    world.submit("a")
+    world.decide(a={"n1": 2})
+    world.scheduler.renew("a", Report(done=5, step_s=1.0, global_batch=8))
+    world.scheduler.give_back("a", 1, Status.DONE)
+    world.submit("a")
+    job = world.scheduler.snapshot().by_id["a"]
+    assert (job.done, job.speed) == (0, LinearSpeed())
 
 
 def test_a_job_that_can_never_fit_is_refused(world: World) -> None:

@@ -21,6 +21,7 @@ from modelyard.errors import (
     DivergedError,
     IntegrityError,
     StorageError,
+    TrainingError,
     WaitTimeoutError,
 )
 from modelyard.training import elastic
@@ -148,6 +149,10 @@ class Stage:
         self.policy = RoomPolicy(scaling, sizes, self.asked.append, FakeCluster(self.nodes))
         self.policy._coordinator_client = SimpleNamespace(maybe_send_resource_request=lambda *_: None)
 
+    def leave(self) -> None:
+        """The driver leaves."""
+        self.policy._is_closing = lambda: True
+
     def start(self) -> Any:
         return self.policy.make_decision_for_non_running_worker_group()
 
@@ -226,6 +231,13 @@ def test_a_lost_node_takes_its_places_with_it(clock: Clock) -> None:
 
 
 # InterruptAwareFailurePolicy
+
+
+def test_no_gang_starts_for_a_driver_that_leaves() -> None:
+    stage = Stage([node("a")], min=1, max=2)
+    stage.leave()
+    with pytest.raises(TrainingError, match="driver leaves"):
+        stage.start()
 
 
 class Wrapped(Exception):  # noqa: N818

@@ -111,6 +111,8 @@ class Scheduler:
         else:
             check_request(request, self._cluster.nodes(), tuple(self.ledger.tenants.values()))
             self._write(("submitted", {"request": ledgers.plain(request)}))
+            for memory in (self._reasons, self._gauges, self._done):  # of an earlier job of that name
+                memory.pop(request.job_id, None)
         return self.renew(request.job_id)
 
     def renew(self, job_id: str, report: Report | None = None) -> Answer:

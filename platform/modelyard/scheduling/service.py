@@ -23,7 +23,7 @@ from modelyard.errors import ConfigError, NotFoundError, WaitTimeoutError
 from modelyard.scheduling.journal import Journal
 from modelyard.scheduling.ledger import Entry, Status
 from modelyard.scheduling.measured import Report
-from modelyard.scheduling.model import Reason, Request, Snapshot, Tenant
+from modelyard.scheduling.model import POOL_LABEL, Reason, Request, Snapshot, Tenant
 from modelyard.scheduling.policies import policy
 from modelyard.scheduling.scheduler import Answer, Scheduler, Timing
 
@@ -128,8 +128,6 @@ class SchedulerActor:
 
 def _demand(snapshot: Snapshot) -> list[tuple[dict[str, float], dict[str, str]]]:
     """Bundles of the smallest gangs that wait, so that a cluster with an autoscaler grows for them."""
-    from modelyard.scheduling.model import POOL_LABEL
-
     found = []
     for job in snapshot.jobs:
         if not job.is_running and not job.is_held:

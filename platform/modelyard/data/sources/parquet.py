@@ -66,13 +66,18 @@ def read_row_group(part: Part, columns: Sequence[str]) -> Iterator[Any]:
         raise _damaged(part, error) from error
 
 
+_STORES = ("AWS Error", "google::cloud")
+"""How pyarrow's errors of object stores begin or go on."""
+
+
 def _batches(reader: Any, part: Part, columns: Sequence[str]) -> Iterator[Any]:
     try:
         yield from reader.iter_batches(1024, row_groups=[part.start], columns=list(columns))
     except OSError as error:
-        if error.errno is None and "orrupt" in str(error):  # pyarrow's name for data that does not decompress
-            raise _damaged(part, error) from error
-        raise
+        # A disk gives an errno and an object store its name; without either it is a codec that met damaged data.
+        if error.errno is not None or any(store in str(error) for store in _STORES):
+            raise
+        raise _damaged(part, error) from error
 
 
 def _damaged(part: Part, error: Exception) -> DataError:
