@@ -12,6 +12,9 @@
     ├── StorageError          a disk or an object store refused: full, unreachable, denied
     ├── StartError            Ray did not start on this machine
     ├── LeaseLostError        the scheduler took a job's lease away: cancelled, or not heard for too long
+    ├── AccessError           who calls is unknown, or may not do this
+    ├── OverloadedError       too many calls wait; says when to come back
+    ├── UnavailableError      nothing that serves a model is running now
     └── TrainingError         a run failed on its workers
         ├── DivergedError         the loss is no longer a number
         └── WaitTimeoutError      something did not happen in time; names the setting
@@ -84,6 +87,23 @@ class StartError(ModelyardError):
 
 class LeaseLostError(ModelyardError):
     """The scheduler took a job's lease away: it was cancelled, or its driver was not heard for too long."""
+
+
+class AccessError(ModelyardError):
+    """Who calls is unknown, or may not do this."""
+
+
+class OverloadedError(ModelyardError):
+    """Too many calls wait already."""
+
+    def __init__(self, problem: str, retry_after_s: float) -> None:
+        super().__init__(problem, f"try again in {retry_after_s:g} s")
+        self.args = (problem, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class UnavailableError(ModelyardError):
+    """Nothing that serves a model is running now."""
 
 
 class TrainingError(ModelyardError):
