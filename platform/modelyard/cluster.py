@@ -11,9 +11,12 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from modelyard.errors import NotFoundError, StartError
+import yaml
+
+from modelyard.errors import ConfigError, NotFoundError, StartError
 
 if TYPE_CHECKING:
     from ray.runtime_context import RuntimeContext
@@ -51,6 +54,17 @@ class Node:
         return min(int(pool.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
 
 
+@dataclass(frozen=True)
+class NodeGroup:
+    """A kind of node that the cluster's autoscaler may launch."""
+
+    name: str
+    """The node type in the cluster's config; Ray labels its nodes with it: `ray.io/node-group`."""
+    resources: Mapping[str, float]
+    max_count: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
 class Cluster(Protocol):
     """What a decision may know of a cluster."""
 
@@ -62,6 +76,10 @@ class Cluster(Protocol):
         """The most of each resource that an autoscaler may ever bring up, or None when the size is fixed."""
         ...
 
+    def node_groups(self) -> tuple[NodeGroup, ...]:
+        """What an autoscaler may launch; nothing when the size is fixed."""
+        ...
+
 
 @dataclass(frozen=True)
 class FakeCluster:
@@ -69,6 +87,7 @@ class FakeCluster:
 
     members: Sequence[Node]
     limits: Mapping[str, float] | None = None
+    groups: Sequence[NodeGroup] = ()
 
     def nodes(self) -> tuple[Node, ...]:
         """The nodes it was given."""
@@ -78,9 +97,21 @@ class FakeCluster:
         """The limits it was given."""
         return self.limits
 
+    def node_groups(self) -> tuple[NodeGroup, ...]:
+        """The groups it was given."""
+        return tuple(self.groups)
+
 
 class RayCluster:
     """The cluster this process is connected to."""
+
+    def __init__(self, autoscaling_config: Path | None = None) -> None:
+        """`autoscaling_config`: the cluster launcher's file on the head; without it, what the autoscaler reports.
+
+        Raises:
+            ConfigError: it is no such file.
+        """
+        self._groups = None if autoscaling_config is None else _groups_in(autoscaling_config)
 
     def nodes(self) -> tuple[Node, ...]:
         """All nodes Ray knows of, with their free resources as last reported (about a second old)."""
@@ -107,6 +138,20 @@ class RayCluster:
 
         limits: Mapping[str, float] | None = state.state.get_max_resources_from_cluster_config()
         return limits
+
+    def node_groups(self) -> tuple[NodeGroup, ...]:
+        """Worker types of the autoscaler's config (only KubeRay's autoscaler reports it, and without labels)."""
+        if self._groups is not None:
+            return self._groups
+        from ray._private import state
+
+        config = state.state.get_cluster_config()
+        groups = config.node_group_configs if config is not None else ()
+        return tuple(
+            NodeGroup(group.name, {name: float(amount) for name, amount in group.resources.items()}, group.max_count)
+            for group in groups
+            if group.max_count
+        )
 
 
 def connect(**options: Any) -> RuntimeContext:
@@ -148,6 +193,21 @@ def connect_existing() -> RuntimeContext:
         raise NotFoundError(
             "no Ray cluster is running here", "start one (ray start --head), or set RAY_ADDRESS to its head's address"
         ) from None
+
+
+def _groups_in(path: Path) -> tuple[NodeGroup, ...]:
+    try:
+        config = yaml.safe_load(path.read_text())
+        head, types = config["head_node_type"], config["available_node_types"]
+        return tuple(
+            NodeGroup(name, each.get("resources", {}), count, each.get("labels") or {})
+            for name, each in sorted(types.items())
+            if (count := each.get("max_workers", 0 if name == head else config.get("max_workers", 0))) and name != head
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"autoscaling config {str(path)!r}: {error!r}", "name the file that `ray start --autoscaling-config` got"
+        ) from error
 
 
 def _quiet_ray() -> None:

@@ -163,3 +163,15 @@ def test_thirty_jobs_on_three_pools_all_end_though_the_scheduler_and_a_node_are_
     assert seen["most_on_a_node"] == 4, "never two leases on one GPU, and no GPU idle all the time"
     assert seen["unexplained"] == [], "whoever waits is told why"
     assert (seen["leased_at_the_end"], seen["free_gpus_at_the_end"]) == (0, 20), "no GPU leaks; four went with the node"
+
+
+def test_a_waiting_job_makes_the_autoscaler_launch_nodes_of_its_pool(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.e2e.grow", f"sqlite:///{tmp_path / 'grow.db'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert "known: a100, default, l4" in seen["unknown_pool"], "a pool without nodes is known when it can be launched"
+    assert (seen["first"], seen["second"], seen["disjoint"]) == ({"l4": 2}, {"l4": 2}, True)
+    assert seen["nodes"] == ["default", "l4", "l4"], "the pool that was asked for grew, and no other"
+    for job in ("first", "second"):
+        assert "more nodes of l4 were asked for" in seen[f"{job}_reason"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 
@@ -15,9 +17,19 @@ def scheduler() -> None:
 @click.option("--journal", help="SQLAlchemy URL of its journal; by default SQLite below MODELYARD_HOME.")
 @click.option("--lease-ttl-s", default=15.0, show_default=True, help="Silence after which a driver has died.")
 @click.option("--yield-timeout-s", default=120.0, show_default=True, help="Longest time to give a lease back.")
+@click.option(
+    "--autoscaling-config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The cluster launcher's file, which says what nodes may be launched; by default the one `ray up` left here.",
+)
 @click.option("--start-timeout-s", default=60.0, show_default=True, help="Longest wait for it to start.")
 def start(
-    policy_name: str, journal: str | None, lease_ttl_s: float, yield_timeout_s: float, start_timeout_s: float
+    policy_name: str,
+    journal: str | None,
+    lease_ttl_s: float,
+    yield_timeout_s: float,
+    autoscaling_config: Path | None,
+    start_timeout_s: float,
 ) -> None:
     """Start it on this node. It outlives this command, restarts by itself and forgets nothing."""
     from modelyard.cluster import connect_existing
@@ -26,7 +38,13 @@ def start(
 
     connect_existing()
     timing = Timing(lease_ttl_s=lease_ttl_s, yield_timeout_s=yield_timeout_s)
-    service.start(policy_name, journal=journal, timing=timing, start_timeout_s=start_timeout_s)
+    service.start(
+        policy_name,
+        journal=journal,
+        timing=timing,
+        autoscaling_config=autoscaling_config,
+        start_timeout_s=start_timeout_s,
+    )
     click.echo(f"the scheduler runs: policy {policy_name}, journal {journal or service.default_journal()}")
 
 

@@ -17,7 +17,10 @@ FREE_TENANT = "default"
 
 
 def check_request(
-    request: Request, cluster: Snapshot | Sequence[Node], tenants: Iterable[Tenant] | None = None
+    request: Request,
+    cluster: Snapshot | Sequence[Node],
+    tenants: Iterable[Tenant] | None = None,
+    launchable: Sequence[Node] = (),
 ) -> None:
     """Refuse a request whose pools or tenant do not exist, or that can never start.
 
@@ -25,12 +28,13 @@ def check_request(
 
     Args:
         tenants: the tenants; the snapshot's unless given.
+        launchable: nodes that an autoscaler could add (`growth.launchable`).
     """
     nodes: Sequence[Node] = cluster.nodes if isinstance(cluster, Snapshot) else cluster
     if tenants is None:
         tenants = cluster.tenants if isinstance(cluster, Snapshot) else ()
     tree = Tree(tenants)
-    whole = tuple(dataclasses.replace(node, alive=True, draining=False) for node in nodes)
+    whole = tuple(dataclasses.replace(node, alive=True, draining=False) for node in [*nodes, *launchable])
     room = Room(Snapshot(now_s=0.0, nodes=whole, jobs=()).pools)
     _check_tenant(request, tree)
     _check_pools(request, room)

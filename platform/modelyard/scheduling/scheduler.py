@@ -17,6 +17,7 @@ from modelyard.cluster import Cluster, Node
 from modelyard.errors import ConfigError
 from modelyard.scheduling import ledger as ledgers
 from modelyard.scheduling.admission import check_request
+from modelyard.scheduling.growth import Growth, growth, launchable
 from modelyard.scheduling.journal import Journal
 from modelyard.scheduling.ledger import Entry, Ledger, Status
 from modelyard.scheduling.measured import Gauge, Report
@@ -92,6 +93,8 @@ class Scheduler:
         self._gauges: dict[str, Gauge] = {}
         self._done: dict[str, float] = {}
         self._pools: dict[str, str] = {}
+        self.growth = Growth()
+        """What the autoscaler should make room for, as of the last decision."""
 
     # --- what drivers call ---------------------------------------------------------------------------------------
 
@@ -109,7 +112,9 @@ class Scheduler:
                     "cancel it first, or choose another id",
                 )
         else:
-            check_request(request, self._cluster.nodes(), tuple(self.ledger.tenants.values()))
+            nodes = self._cluster.nodes()
+            more = launchable(nodes, self._cluster.node_groups(), request.min_workers)
+            check_request(request, nodes, tuple(self.ledger.tenants.values()), more)
             self._write(("submitted", {"request": ledgers.plain(request)}))
             for memory in (self._reasons, self._gauges, self._done):  # of an earlier job of that name
                 memory.pop(request.job_id, None)
@@ -179,9 +184,17 @@ class Scheduler:
         self._expire()
         snapshot = self.snapshot()
         decision = self.policy.decide(snapshot)
-        self._reasons = dict(decision.wait)
+        self.growth = growth(snapshot, decision, self._cluster.node_groups())
+        self._reasons = {job_id: self._with_growth(job_id, reason) for job_id, reason in decision.wait.items()}
         self._ask_back(snapshot, decision)
         return self._grant(snapshot, decision)
+
+    def _with_growth(self, job_id: str, reason: Reason) -> Reason:
+        if (pool := self.growth.pools.get(job_id)) is None:
+            return reason
+        return Reason(
+            reason.code, f"{reason.text}; more nodes of {pool} were asked for", "wait until the autoscaler brings them"
+        )
 
     def snapshot(self) -> Snapshot:
         """What the policy sees: nodes with what leases may use, jobs with their history."""

@@ -20,10 +20,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from modelyard.cluster import RayCluster
 from modelyard.config import settings
 from modelyard.errors import ConfigError, NotFoundError, WaitTimeoutError
+from modelyard.scheduling.growth import Bundle
 from modelyard.scheduling.journal import Journal
 from modelyard.scheduling.ledger import Entry, Status
 from modelyard.scheduling.measured import Report
-from modelyard.scheduling.model import POOL_LABEL, Reason, Request, Snapshot, Tenant
+from modelyard.scheduling.model import Reason, Request, Snapshot, Tenant
 from modelyard.scheduling.policies import policy
 from modelyard.scheduling.scheduler import Answer, Scheduler, Timing
 
@@ -33,19 +34,29 @@ NAME, NAMESPACE = "modelyard-scheduler", "modelyard"
 ROUND_S = 1.0
 """Seconds between two looks at the cluster; a submitted or finished job starts a round at once."""
 CALL_TIMEOUT_S = 30.0
+LAUNCHED_BY = Path("~/ray_bootstrap_config.yaml")
+"""Where `ray up` puts the cluster's config on the head."""
 T = TypeVar("T")
 
 
 class SchedulerActor:
     """One lock around a `Scheduler`, and the thread that runs its rounds. Methods are those of `Scheduler`."""
 
-    def __init__(self, journal_url: str, policy_name: str, timing: Timing, round_s: float = ROUND_S) -> None:
+    def __init__(
+        self,
+        journal_url: str,
+        policy_name: str,
+        timing: Timing,
+        autoscaling_config: Path | None = None,
+        round_s: float = ROUND_S,
+    ) -> None:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._round_s = round_s
-        self._demand: Sequence[Any] = ()
+        self._demand: Sequence[Bundle] = ()
         self._failure = ""
-        self._scheduler = Scheduler(Journal(journal_url), RayCluster(), policy(policy_name), timing=timing)
+        cluster = RayCluster(autoscaling_config)
+        self._scheduler = Scheduler(Journal(journal_url), cluster, policy(policy_name), timing=timing)
         threading.Thread(target=self._rounds, name="rounds", daemon=True).start()
 
     def submit(self, request: Request) -> Answer:
@@ -107,7 +118,7 @@ class SchedulerActor:
             try:
                 with self._lock:
                     self._scheduler.decide()
-                    demand = _demand(self._scheduler.snapshot())
+                    demand = self._scheduler.growth.bundles
                 self._pass_on(demand)
                 self._failure = ""
             except Exception as error:  # a round that failed must not end the rounds; the next one sees the same
@@ -115,26 +126,16 @@ class SchedulerActor:
                 self._failure = f"{type(error).__name__}: {error}"
                 time.sleep(self._round_s)
 
-    def _pass_on(self, demand: Sequence[Any]) -> None:
+    def _pass_on(self, demand: Sequence[Bundle]) -> None:
         if demand == self._demand:
-            return
+            return  # Ray remembers it
         from ray.autoscaler.sdk import request_resources
 
         request_resources(
-            bundles=[resources for resources, _ in demand], bundle_label_selectors=[labels for _, labels in demand]
+            bundles=[dict(resources) for resources, _ in demand],
+            bundle_label_selectors=[dict(labels) for _, labels in demand],
         )
         self._demand = demand
-
-
-def _demand(snapshot: Snapshot) -> list[tuple[dict[str, float], dict[str, str]]]:
-    """Bundles of the smallest gangs that wait, so that a cluster with an autoscaler grows for them."""
-    found = []
-    for job in snapshot.jobs:
-        if not job.is_running and not job.is_held:
-            pools = job.request.pools
-            selector = {POOL_LABEL: pools[0] if len(pools) == 1 else f"in({','.join(pools)})"} if pools else {}
-            found += [(dict(job.request.resources), selector)] * job.request.min_workers
-    return found
 
 
 def default_journal() -> str:
@@ -147,17 +148,25 @@ def start(
     *,
     journal: str | None = None,
     timing: Timing | None = None,
+    autoscaling_config: Path | None = None,
     start_timeout_s: float = 60.0,
 ) -> Any:
     """Start the scheduler of this cluster on this node; it outlives the driver and restarts by itself.
 
+    Args:
+        autoscaling_config: the cluster launcher's file on this node, which says what nodes may be launched. By
+            default the one that `ray up` leaves on the head, `~/ray_bootstrap_config.yaml`, if it is there.
+
     Raises:
-        ConfigError: one runs already, or there is no such policy.
+        ConfigError: one runs already, there is no such policy, or the autoscaling config is none.
         IntegrityError: the journal is damaged; says the line and the recovery command.
         StorageError: the journal's database cannot be reached.
     """
     url = journal or default_journal()
     policy(policy_name)
+    if autoscaling_config is None and LAUNCHED_BY.expanduser().exists():
+        autoscaling_config = LAUNCHED_BY.expanduser()
+    RayCluster(autoscaling_config)
     if url.startswith("sqlite:///"):
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     check = Journal(url)
@@ -167,7 +176,7 @@ def start(
     options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=32)(SchedulerActor)
     try:
         actor = options.options(name=NAME, namespace=NAMESPACE, lifetime="detached", scheduling_strategy=here).remote(
-            url, policy_name, timing or Timing()
+            url, policy_name, timing or Timing(), autoscaling_config
         )
     except ValueError:
         raise ConfigError(
@@ -191,7 +200,10 @@ def connect() -> Any | None:
 
 def stop() -> None:
     """End the scheduler. Leases go on unwatched; a scheduler started on the same journal takes them over."""
+    from ray.autoscaler.sdk import request_resources
+
     ray.kill(required(), no_restart=True)
+    request_resources(bundles=[])  # Ray would keep nodes for what the scheduler last asked for
 
 
 def required() -> Any:

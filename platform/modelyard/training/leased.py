@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from modelyard.cluster import Cluster, Node
+from modelyard.cluster import Cluster, Node, NodeGroup
 from modelyard.errors import ConfigError, LeaseLostError
 from modelyard.scheduling.client import Lease
 from modelyard.scheduling.model import Request
@@ -113,6 +113,10 @@ class LeasedNodes:
     def max_resources(self) -> Mapping[str, float] | None:
         """A lease does not grow by itself."""
         return None
+
+    def node_groups(self) -> tuple[NodeGroup, ...]:
+        """Nor does it launch nodes."""
+        return ()
 
 
 def check_lease(config: TrainConfig) -> None:
