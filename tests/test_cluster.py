@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelyard.cluster import FakeCluster, Node, RayCluster, connect, connect_existing
+from modelyard.cluster import FakeCluster, Node, NodeGroup, RayCluster, connect, connect_existing
 from modelyard.errors import NotFoundError, StartError
 
 
@@ -77,9 +77,9 @@ def test_dead_and_draining_nodes_take_no_new_work() -> None:
 
 
 def test_a_fake_cluster_tells_what_it_was_given() -> None:
-    cluster = FakeCluster([node()], limits={"CPU": 8})
+    cluster = FakeCluster([node()], groups=[NodeGroup("cpu", {"CPU": 8.0}, 2)])
     assert cluster.nodes() == (node(),)
-    assert cluster.max_resources() == {"CPU": 8}
+    assert [group.max_count for group in cluster.node_groups()] == [2]
 
 
 @pytest.mark.ray
@@ -89,7 +89,7 @@ def test_rays_view_of_its_nodes_comes_through(ray_cluster: str) -> None:
     assert 0 <= only.free["CPU"] <= 4
     assert only.is_usable
     assert only.matches({"ray.io/node-id": only.node_id})
-    assert RayCluster().max_resources() is None
+    assert RayCluster().node_groups() == ()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LAUNCHED_BY = Path("~/ray_bootstrap_config.yaml")
+"""Where `ray up` puts the cluster's config on the head."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -72,10 +75,6 @@ class Cluster(Protocol):
         """All nodes, dead and draining ones included."""
         ...
 
-    def max_resources(self) -> Mapping[str, float] | None:
-        """The most of each resource that an autoscaler may ever bring up, or None when the size is fixed."""
-        ...
-
     def node_groups(self) -> tuple[NodeGroup, ...]:
         """What an autoscaler may launch; nothing when the size is fixed."""
         ...
@@ -86,16 +85,11 @@ class FakeCluster:
     """A cluster of plain data, for tests and dry runs."""
 
     members: Sequence[Node]
-    limits: Mapping[str, float] | None = None
     groups: Sequence[NodeGroup] = ()
 
     def nodes(self) -> tuple[Node, ...]:
         """The nodes it was given."""
         return tuple(self.members)
-
-    def max_resources(self) -> Mapping[str, float] | None:
-        """The limits it was given."""
-        return self.limits
 
     def node_groups(self) -> tuple[NodeGroup, ...]:
         """The groups it was given."""
@@ -106,11 +100,13 @@ class RayCluster:
     """The cluster this process is connected to."""
 
     def __init__(self, autoscaling_config: Path | None = None) -> None:
-        """`autoscaling_config`: the cluster launcher's file on the head; without it, what the autoscaler reports.
+        """`autoscaling_config`: the cluster launcher's file; by default the one that `ray up` left on this head.
 
         Raises:
             ConfigError: it is no such file.
         """
+        if autoscaling_config is None and LAUNCHED_BY.expanduser().exists():
+            autoscaling_config = LAUNCHED_BY.expanduser()
         self._groups = None if autoscaling_config is None else _groups_in(autoscaling_config)
 
     def nodes(self) -> tuple[Node, ...]:
@@ -132,15 +128,8 @@ class RayCluster:
             for entry in ray.nodes()
         )
 
-    def max_resources(self) -> Mapping[str, float] | None:
-        """Limits of the cluster's autoscaler config; None for a cluster of fixed size."""
-        from ray._private import state
-
-        limits: Mapping[str, float] | None = state.state.get_max_resources_from_cluster_config()
-        return limits
-
     def node_groups(self) -> tuple[NodeGroup, ...]:
-        """Worker types of the autoscaler's config (only KubeRay's autoscaler reports it, and without labels)."""
+        """Worker types of the autoscaler's config; without the launcher's file, as KubeRay reports them (no labels)."""
         if self._groups is not None:
             return self._groups
         from ray._private import state

@@ -150,19 +150,35 @@ def test_without_a_scheduler_the_same_code_runs_at_once(ray_cluster: str) -> Non
 
 @pytest.mark.parametrize("policy", ["goodput", "priority"])
 def test_thirty_jobs_on_three_pools_all_end_though_the_scheduler_and_a_node_are_killed(
-    policy: str, tmp_path: Path
+    policy: str, token_config: Callable[..., Any], tmp_path: Path
 ) -> None:
+    steps = 160
+    config = token_config(
+        training={"max_steps": steps, "global_batch_size": BATCH, "micro_batch_size": 24, "zero_stage": 1},
+        checkpoint={"every_steps": 50},
+        workers={"min": 1, "max": 4, "cpus": 1},
+        lease={"tenant": "text"},
+    )
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
     command = [sys.executable, str(Path(__file__).with_name("many_jobs.py")), policy]
-    command.append(f"sqlite:///{tmp_path / 'many.db'}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    command += [f"sqlite:///{tmp_path / 'many.db'}", str(tmp_path / "config.yaml"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    logs = "".join(file.read_text()[-3000:] for file in sorted(tmp_path.glob("run-*.log")))
+    assert done.returncode == 0, done.stderr[-4000:] + logs
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["faults"] == 2
-    assert (seen["errors"], seen["unfinished"], seen["last_failure"]) == ([], [], "")
+    assert (seen["errors"], seen["unfinished"], seen["last_failure"], seen["runs"]) == ([], [], "", [0, 0]), logs
     assert (seen["statuses"], seen["jobs"]) == (["done"], 30), "nothing is lost"
     assert seen["most_on_a_node"] == 4, "never two leases on one GPU, and no GPU idle all the time"
-    assert seen["unexplained"] == [], "whoever waits is told why"
+    assert (seen["unexplained"], seen["untrue"]) == ([], []), "whoever waits is told why, and it is true"
     assert (seen["leased_at_the_end"], seen["free_gpus_at_the_end"]) == (0, 20), "no GPU leaks; four went with the node"
+    gangs = []
+    for name in ("run-0", "run-1"):
+        result = json.loads((tmp_path / f"{name}.jsonl.result").read_text())
+        assert result["samples"] == SampleOrder(90, 0).sample_ids(np.arange(steps * BATCH)).tolist(), "exact samples"
+        records = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        gangs.append([record["num_workers"] for record in records if record["kind"] == "start"])
+    assert any(len(set(workers)) > 1 for workers in gangs), f"no run was ever resized: {gangs}"
 
 
 def test_a_waiting_job_makes_the_autoscaler_launch_nodes_of_its_pool(tmp_path: Path) -> None:

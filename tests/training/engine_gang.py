@@ -50,8 +50,11 @@ class Runner:
             if stop == start:
                 losses_b = losses_b * 0.0
             total += float(losses_b.detach().sum())
-            self.engine.backward(losses_b, is_last=index + 1 == len(self._plan.micro_batches))
+            self.engine.backward(
+                losses_b, is_last=index + 1 == len(self._plan.micro_batches), measure_rows=stop - start
+            )
         _, self.norm = self.engine.step(step)
+        self.squares = self._gang.sum([self.engine.take_norms().squares])[0]
         return self._gang.sum([total])[0] / size
 
 
@@ -67,12 +70,13 @@ def perform(run: dict[str, Any], gang: Gang, dataset: Dataset, out: Path) -> dic
         runner.engine.load(Path(run["load"]), TAG)
         return {"losses": [runner.step(step) for step in range(half, steps)]}
     before = runner.engine.full_state()
-    losses, norms = [], []
+    losses, norms, squares = [], [], []
     for step in range(steps):
         if step == half and run.get("save", True):
             runner.engine.save(out / f"{run['name']}-saved", TAG)
         losses.append(runner.step(step))
         norms.append(runner.norm)
+        squares.append(runner.squares)
     found = facts(runner, before)
     del runner
     again = None
@@ -80,7 +84,7 @@ def perform(run: dict[str, Any], gang: Gang, dataset: Dataset, out: Path) -> dic
         second = Runner(config, gang, dataset)
         second.engine.load(out / f"{run['name']}-saved", TAG)
         again = [second.step(step) for step in range(half, steps)]
-    return {"losses": losses, "norms": norms, "again": again, **found}
+    return {"losses": losses, "norms": norms, "squares": squares, "again": again, **found}
 
 
 def facts(runner: Runner, before: dict[str, torch.Tensor]) -> dict[str, Any]:

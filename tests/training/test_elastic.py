@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from modelyard.cluster import FakeCluster, Node
+from modelyard.cluster import FakeCluster, Node, NodeGroup
 from modelyard.errors import (
     CapacityError,
     ConfigError,
@@ -70,9 +70,9 @@ def test_a_pool_is_a_label() -> None:
 # Capacity
 
 
-def refusal(nodes: Sequence[Node], workers: Workers, limits: dict[str, float] | None = None) -> str:
+def refusal(nodes: Sequence[Node], workers: Workers, groups: Sequence[NodeGroup] = ()) -> str:
     with pytest.raises(CapacityError) as caught:
-        check_capacity(FakeCluster(nodes, limits), workers)
+        check_capacity(FakeCluster(nodes, groups), workers)
     return str(caught.value)
 
 
@@ -104,9 +104,11 @@ def test_dead_nodes_hold_nothing() -> None:
 
 
 def test_an_autoscaler_may_bring_what_is_missing_but_not_more_than_its_limits() -> None:
-    check_capacity(FakeCluster([node("a")], limits={"CPU": 8}), Workers(min=8, max=8))
-    assert "room for 4" in refusal([node("a")], Workers(min=9, max=9), limits={"CPU": 8})
-    assert "room for 0" in refusal([node("a")], Workers(gpus=1), limits={"CPU": 8})
+    groups = [NodeGroup("cpu", {"CPU": 4.0}, max_count=1)]
+    check_capacity(FakeCluster([node("a")], groups), Workers(min=8, max=8))
+    assert "room for 8" in refusal([node("a")], Workers(min=9, max=9), groups)
+    assert "room for 0" in refusal([node("a")], Workers(gpus=1), groups)
+    check_capacity(FakeCluster([], groups), Workers(pool="cpu"))
 
 
 def test_memory_is_told_when_memory_is_what_is_missing() -> None:

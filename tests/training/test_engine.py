@@ -110,6 +110,25 @@ def test_three_steps_of_uneven_micro_batches_move_the_weights_as_plain_torch_doe
 
 
 @pytest.mark.usefixtures("gang_of_one")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_norms_of_micro_batches_are_those_of_their_mean_gradients(
+    configured: Callable[..., TrainConfig], stage: int
+) -> None:
+    config = configured(stage, micro=3)
+    made, pairs = engine(config), plan(ROWS, 3, 1, 0).micro_batches
+    expected = []
+    for index, (start, stop) in enumerate(pairs):
+        made.backward(losses(made.model, start, stop), is_last=index + 1 == len(pairs), measure_rows=stop - start)
+        plain = net()
+        losses(plain, start, stop).mean().backward()
+        expected.append(float(torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])) ** 2)
+    made.step(0)
+    taken = made.take_norms()
+    assert (taken.count, taken.inverse_rows) == (3, pytest.approx(1 / 3 + 1 / 2 + 1 / 2))
+    assert taken.squares == pytest.approx(sum(expected), rel=1e-4)
+
+
+@pytest.mark.usefixtures("gang_of_one")
 def test_the_learning_rate_follows_the_schedule(configured: Callable[..., TrainConfig]) -> None:
     config = configured(1, schedule={"warmup_steps": 4, "kind": "constant"})
     made = engine(config)

@@ -142,6 +142,7 @@ def test_what_only_saves_memory_changes_no_loss(results: dict[str, Any], mode: s
     found, plain = good(results, f"{mode}-{stage}"), good(results, "plain-0")
     assert found["losses"] == pytest.approx(plain["losses"], abs=FP32)
     assert found["norms"] == pytest.approx(plain["norms"], rel=1e-3)
+    assert found["squares"] == pytest.approx(plain["squares"], rel=1e-3), "norms of the micro-batches of both workers"
 
 
 def test_offloaded_parameters_change_no_loss(results: dict[str, Any]) -> None:

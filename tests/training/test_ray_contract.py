@@ -140,7 +140,7 @@ def test_the_budget_of_failures_is_still_called_max_failures() -> None:
     assert FailureConfig(max_failures=2).max_failures == 2, "adapt training/trainer.py: FailureConfig has changed"
 
 
-@pytest.mark.parametrize("name", ["get_draining_nodes", "get_max_resources_from_cluster_config"])
+@pytest.mark.parametrize("name", ["get_draining_nodes", "get_cluster_config"])
 def test_rays_cluster_state_still_answers_without_arguments(name: str) -> None:
     assert parameters(getattr(state.state, name)) == [], (
         f"adapt cluster.py: ray._private.state.state.{name} has changed"

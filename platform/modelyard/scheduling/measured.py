@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from modelyard.scheduling.model import Speed
-from modelyard.scheduling.performance import Observation, StepTime, fit
+from modelyard.scheduling.performance import GradientNoise, Observation, StepTime, fit
 
 _NEWS = 0.1
 """Relative change of a configuration's step time that is worth a new fit."""
@@ -30,6 +30,8 @@ class Report:
     """The part of it that waited for other workers."""
     global_batch: int = 1
     """Samples of a step over all workers."""
+    noise: GradientNoise | None = None
+    """Of the gradient at that batch, when the training code measures it."""
 
 
 @dataclass(frozen=True)

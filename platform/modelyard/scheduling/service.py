@@ -34,8 +34,6 @@ NAME, NAMESPACE = "modelyard-scheduler", "modelyard"
 ROUND_S = 1.0
 """Seconds between two looks at the cluster; a submitted or finished job starts a round at once."""
 CALL_TIMEOUT_S = 30.0
-LAUNCHED_BY = Path("~/ray_bootstrap_config.yaml")
-"""Where `ray up` puts the cluster's config on the head."""
 T = TypeVar("T")
 
 
@@ -154,8 +152,8 @@ def start(
     """Start the scheduler of this cluster on this node; it outlives the driver and restarts by itself.
 
     Args:
-        autoscaling_config: the cluster launcher's file on this node, which says what nodes may be launched. By
-            default the one that `ray up` leaves on the head, `~/ray_bootstrap_config.yaml`, if it is there.
+        autoscaling_config: the cluster launcher's file on this node, which says what nodes may be launched; by
+            default the one that `ray up` left on the head.
 
     Raises:
         ConfigError: one runs already, there is no such policy, or the autoscaling config is none.
@@ -164,8 +162,6 @@ def start(
     """
     url = journal or default_journal()
     policy(policy_name)
-    if autoscaling_config is None and LAUNCHED_BY.expanduser().exists():
-        autoscaling_config = LAUNCHED_BY.expanduser()
     RayCluster(autoscaling_config)
     if url.startswith("sqlite:///"):
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

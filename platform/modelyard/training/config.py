@@ -101,6 +101,8 @@ class Training(Config):
     """Compile the model with `torch.compile`."""
     log_every_steps: Positive = 1
     """Steps between logged losses."""
+    noise_every_steps: int = Field(default=10, ge=0)
+    """Steps between measurements of the gradient noise scale; 0 measures none."""
     record_samples: bool = False
     """Record the ids of the rows of every step in the run's history (for audits of the data order)."""
     stop_after_s: float | None = Field(default=None, gt=0)

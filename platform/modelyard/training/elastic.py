@@ -23,6 +23,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from modelyard.cluster import Cluster, Node, RayCluster
 from modelyard.errors import CapacityError, DivergedError, InputError, IntegrityError, TrainingError, WaitTimeoutError
+from modelyard.scheduling.growth import launchable
 from modelyard.training.config import Workers
 from modelyard.training.interrupts import Interrupted, original_error
 from modelyard.training.monitor import stop_request
@@ -41,15 +42,16 @@ def room(nodes: Sequence[Node], workers: Workers, held: Mapping[str, int]) -> in
 
 
 def check_capacity(cluster: Cluster, workers: Workers) -> None:
-    """Refuse a gang that the cluster can never hold, however idle.
+    """Refuse a gang that the cluster can never hold, however idle and however far its autoscaler goes.
 
     Raises:
         CapacityError: with what one worker needs and what each matching node has.
     """
     nodes = [node for node in cluster.nodes() if node.alive]
+    nodes += launchable(nodes, cluster.node_groups(), workers.min)
     matching = [node for node in nodes if node.matches(workers.selector)]
     fitting = sum(node.fits(workers.per_worker, among=node.total) for node in matching)
-    if fitting >= workers.min or _autoscaler_could_help(cluster, workers):
+    if fitting >= workers.min:
         return
     need = _shown(workers.per_worker, workers.per_worker)
     if workers.selector and not matching:
@@ -63,13 +65,6 @@ def check_capacity(cluster: Cluster, workers: Workers) -> None:
         f"workers.min={workers.min} workers of {need} each do not fit: room for {fitting} on {len(matching)} "
         f"matching node(s) with {has}",
         f"set workers to at most {fitting}" if fitting else f"ask for less than {need} per worker, or add nodes",
-    )
-
-
-def _autoscaler_could_help(cluster: Cluster, workers: Workers) -> bool:
-    limits = cluster.max_resources()
-    return limits is not None and all(
-        limits.get(name, 0.0) >= amount * workers.min for name, amount in workers.per_worker.items()
     )
 
 

@@ -15,6 +15,7 @@ from modelyard.training.batching import RankPlan
 from modelyard.training.config import SGD, AdamW, Muon, TrainConfig
 from modelyard.training.cpu import broadcast_shards_over_gloo, import_muon_uncompiled, keep_freed_memory
 from modelyard.training.deepspeed_config import deepspeed_config
+from modelyard.training.noise import NoiseMeter, Norms
 from modelyard.training.schedule import rate_factor
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class Engine:
             import_muon_uncompiled()
             broadcast_shards_over_gloo()
         self._scale = plan.loss_scale
+        self._rows_weight = plan.loss_scale / len(plan.micro_batches)  # of a row's gradient, once DeepSpeed divided
+        self._meter = NoiseMeter(model) if config.training.noise_every_steps else None
         self._config = config
         self.stage = config.training.zero_stage
         self._engine, optimizer, _, _ = deepspeed.initialize(
@@ -76,13 +79,25 @@ class Engine:
         module: torch.nn.Module = self._engine.module
         return module
 
-    def backward(self, row_losses_b: torch.Tensor, *, is_last: bool) -> None:
-        """Add the gradient of the global batch's mean loss that comes from these rows, shape (B,)."""
+    def backward(self, row_losses_b: torch.Tensor, *, is_last: bool, measure_rows: int = 0) -> None:
+        """Add the gradient of the global batch's mean loss that comes from these rows, shape (B,).
+
+        With `measure_rows`, the number of rows of weight 1, its norm goes into `take_norms`.
+        """
         self._engine.set_gradient_accumulation_boundary(is_last)
+        meter = self._meter if measure_rows else None
+        if meter is not None:
+            meter.begin()
         # DeepSpeed divides by the number of micro-batches and of workers; loss_scale makes that a mean over rows.
         self._engine.backward(row_losses_b.sum() * self._scale)
+        if meter is not None:
+            meter.end(measure_rows, self._rows_weight * measure_rows)
         if not is_last:
             self._engine.step()
+
+    def take_norms(self) -> Norms:
+        """Norms of this worker's micro-batches that were measured since the last call."""
+        return self._meter.take() if self._meter is not None else Norms()
 
     def step(self, step: int) -> tuple[float, float]:
         """Apply the accumulated gradient as optimizer step `step` (0-based).

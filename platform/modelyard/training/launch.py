@@ -24,6 +24,7 @@ from modelyard.errors import CapacityError, ConfigError, TrainingError, WaitTime
 from modelyard.observability.tracking import Tracker
 from modelyard.scheduling.client import Lease, lease
 from modelyard.scheduling.measured import Report
+from modelyard.scheduling.performance import GradientNoise
 from modelyard.training import runs
 from modelyard.training.checkpoints import CheckpointStore
 from modelyard.training.config import TrainConfig
@@ -356,7 +357,9 @@ def _to_lease(held: Lease, batch: int) -> OnRecord:
     def report(record: Record) -> None:
         if record["kind"] == "step":
             step_s = batch / record["rows_per_s"] if record.get("rows_per_s") else None
-            held.report(Report(float(record["step"]), step_s, record.get("optimizer_s", 0.0), batch))
+            signal, variance = record.get("gradient_signal"), record.get("gradient_variance")
+            noise = None if signal is None or variance is None else GradientNoise(sqr=signal, var=variance / batch)
+            held.report(Report(float(record["step"]), step_s, record.get("optimizer_s", 0.0), batch, noise))
 
     return report
 

@@ -110,12 +110,8 @@ class LeasedNodes:
             if node.is_usable and node.node_id in self.workers
         )
 
-    def max_resources(self) -> Mapping[str, float] | None:
-        """A lease does not grow by itself."""
-        return None
-
     def node_groups(self) -> tuple[NodeGroup, ...]:
-        """Nor does it launch nodes."""
+        """A lease does not grow by itself."""
         return ()
 
 

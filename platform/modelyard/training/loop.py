@@ -24,6 +24,7 @@ from modelyard.training.gang import Gang
 from modelyard.training.history import History
 from modelyard.training.interrupts import Interrupted
 from modelyard.training.monitor import Reporter
+from modelyard.training.noise import Noise, Norms, estimate
 from modelyard.training.validation import improves, validate
 
 
@@ -67,6 +68,8 @@ class TrainLoop:
         self._model = parts.engine.model
         self._loss_sum = torch.zeros((), device=parts.gang.device)  # read only when it is logged: reading waits
         self._steps_since_log = 0
+        self._measured = (Norms(), 0.0)  # of the last measured step, and the norm of its whole gradient
+        self._noise: Noise | None = None
         self._seconds: dict[str, float] = {}
         self._began = self._logged = self._saved = time.monotonic()
         self._elapsed_before = state.elapsed_s
@@ -119,6 +122,8 @@ class TrainLoop:
         clock("data_s")
         # Dropout depends on (seed, step, worker) alone, so a resumed run repeats it without stored RNG state.
         torch.manual_seed(_mixed(parts.config.seed, step, parts.gang.rank))
+        every = parts.config.training.noise_every_steps
+        is_measured = every > 0 and (step + 1) % every == 0
         for index, (start, stop) in enumerate(parts.plan.micro_batches):
             is_last = index + 1 == len(parts.plan.micro_batches)
             rows = {name: column[start:stop] if stop > start else column[:1] for name, column in loaded.rows.items()}
@@ -127,11 +132,13 @@ class TrainLoop:
                 losses_b = losses_b * 0.0
             self._loss_sum += losses_b.detach().sum()
             clock("forward_s")
-            parts.engine.backward(losses_b, is_last=is_last)
+            parts.engine.backward(losses_b, is_last=is_last, measure_rows=stop - start if is_measured else 0)
             clock("backward_s")
         rate, norm = parts.engine.step(step)
         clock("optimizer_s")
         self._steps_since_log += 1
+        if is_measured:
+            self._measured = (parts.engine.take_norms(), norm)
         self._note(loaded, rate, norm)
         epoch, position = loaded.state.epoch, loaded.state.position
         self.state = self.state.with_changes(
@@ -156,9 +163,13 @@ class TrainLoop:
             (wish is not None and wish[0] == "stop") or over_time,
         ]
         main = [float(flag and parts.gang.is_main) for flag in (*wishes, save_due)]
-        loss_sum, preempted, resize, stop, save = parts.gang.sum(
-            [float(self._loss_sum), float(parts.is_preempted()), *main]
+        norms, global_norm = self._measured
+        self._measured = (Norms(), 0.0)
+        loss_sum, preempted, resize, stop, save, squares, inverse_rows, count = parts.gang.sum(
+            [float(self._loss_sum), float(parts.is_preempted()), *main, norms.squares, norms.inverse_rows, norms.count]
         )
+        summed = Norms(squares, inverse_rows, count)
+        self._noise = estimate(summed, global_norm, training.global_batch_size, self._noise)
         loss = loss_sum / (training.global_batch_size * self._steps_since_log)
         if not math.isfinite(loss):
             raise DivergedError(
@@ -187,6 +198,9 @@ class TrainLoop:
             "elapsed_s": self.state.elapsed_s,
             "num_workers": parts.gang.num_workers,
         }
+        if self._noise is not None:
+            record |= {"gradient_signal": self._noise.signal, "gradient_variance": self._noise.variance}
+            record["gradient_noise_scale"] = self._noise.scale
         if (block_tokens := parts.dataset.info.block_tokens) is not None:
             record["tokens_per_s"] = rows_per_s * block_tokens
         self._report("step", record)
