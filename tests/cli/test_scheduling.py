@@ -38,10 +38,10 @@ def scheduler(ray_cluster: str, tmp_path: Path) -> Iterator[str]:
     say("scheduler", "stop")
 
 
-def submit(job: str, workers: int) -> None:
+def submit(job: str, workers: int, work: float | None = None) -> None:
     from modelyard.scheduling import service
 
-    request = Request(job_id=job, min_workers=workers, max_workers=workers, resources={"CPU": 1.0})
+    request = Request(job_id=job, min_workers=workers, max_workers=workers, resources={"CPU": 1.0}, work=work)
     service.call(service.required().submit, request)
 
 
@@ -89,6 +89,18 @@ def test_the_queue_is_shown_explained_and_steered(scheduler: str) -> None:
 
 
 @pytest.mark.ray
+def test_the_queue_says_when_a_waiting_job_is_expected_to_start(scheduler: str) -> None:
+    submit("first", 4, work=4000.0)  # 4 workers make 4 units a second, once 30 s of start are over
+    settled("first", "running")
+    submit("second", 4)
+    submit("third", 4)
+    assert 1000 < settled("second", "waiting")["starts_in_s"] <= 1030
+    assert settled("third", "waiting")["starts_in_s"] is None, "second does not say how long it takes"
+    assert "starts     in about 17 min, if nothing new comes" in say("queue", "explain", "second")
+    assert "starts     nobody knows when" in say("queue", "explain", "third")
+
+
+@pytest.mark.ray
 def test_quotas_are_set_shown_and_checked(scheduler: str) -> None:
     say("quota", "set", "vision", "--guaranteed", "default=2", "--limit", "default=3", "--weight", "2")
     say("quota", "set", "ocr", "--parent", "vision")
@@ -98,6 +110,8 @@ def test_quotas_are_set_shown_and_checked(scheduler: str) -> None:
     assert "default 3" in say("quota", "show", "vision")
     with pytest.raises(ConfigError, match=r"vision -> ocr|ocr -> vision"):
         say("quota", "set", "vision", "--parent", "ocr")
+    with pytest.raises(ConfigError, match="'defualt', which is no pool; known: default"):
+        say("quota", "set", "vision", "--limit", "defualt=3")
     with pytest.raises(NotFoundError, match="did you mean 'vision'"):
         say("quota", "show", "visoin")
     found = CliRunner().invoke(modelyard, ["quota", "set", "x", "--limit", "a100:8"])

@@ -307,3 +307,64 @@ def test_step_times_become_the_speed_that_the_policy_sees(world: World) -> None:
     assert 0.5 < speed.goodput("a", 4, 1) <= 2.1, "more workers are faster, at most in proportion"
     assert speed.goodput("a", 9, 1) == 0, "no worker without a sample"
     assert world.scheduler.snapshot().by_id["a"].done == 5
+
+
+def test_what_a_job_measured_outlives_the_scheduler(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.submit("a")
+    world.decide(a={"n1": 2})
+    world.scheduler.renew("a", Report(1.0, step_s=0.5, sync_s=0.1, global_batch=64))
+    before = world.scheduler.snapshot().by_id["a"].speed.goodput("a", 2, 1)
+    assert before == pytest.approx(2.0, rel=0.05)
+    world.restart()
+    assert world.scheduler.snapshot().by_id["a"].speed.goodput("a", 2, 1) == before
+    lines = world.scheduler._journal.length
+    world.scheduler.renew("a", Report(2.0, step_s=0.5, sync_s=0.1, global_batch=64))
+    assert world.scheduler._journal.length == lines, "what is no news is not written again"
+
+
+def test_a_long_journal_becomes_one_line_that_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelyard.scheduling import scheduler as module
+
+    monkeypatch.setattr(module, "COMPACT_LINES", 40)
+    monkeypatch.setattr(module, "KEEP_OVER", 5)
+    world = World(tmp_path)
+    world.scheduler.set_tenant(Tenant(name="team", limit={"a": 8.0}))
+    world.submit("stays", tenant="team", priority=3)
+    world.decide(stays={"n1": 2})
+    world.scheduler.renew("stays", Report(1.0, step_s=0.5, sync_s=0.1, global_batch=64))
+    for number in range(30):
+        world.submit(f"short-{number}", tenant="team")
+        world.scheduler.cancel(f"short-{number}")
+    assert world.scheduler._journal.length < 41
+    entry = world.scheduler.ledger.entry("stays")
+    over = [job for job in world.scheduler.ledger.entries if job != "stays"]
+    assert (entry.status, entry.allocation, entry.request.priority) == (Status.RUNNING, {"n1": 2}, 3)
+    assert over[-1] == "short-29"
+    entries, tenants = world.scheduler.ledger.entries, world.scheduler.ledger.tenants
+    world.restart()
+    assert (world.scheduler.ledger.entries, world.scheduler.ledger.tenants) == (entries, tenants)
+    world.scheduler.give_back("stays", entry.epoch, Status.DONE)
+    assert world.scheduler.ledger.entry("stays").status is Status.DONE
+
+
+def test_a_changed_line_in_place_of_many_is_found(tmp_path: Path) -> None:
+    import sqlalchemy as sql
+
+    journal = Journal(f"sqlite:///{tmp_path / 'j.db'}")
+    journal.append(("held", {"job": "a", "is_held": True}))
+    journal.compact({"entries": [], "tenants": []})
+    journal.append(("tenant_removed", {"name": "x"}))
+    assert [event.kind for event in Journal(journal.url).read()] == ["state", "tenant_removed"]
+    with sql.create_engine(journal.url).begin() as connection:
+        connection.execute(
+            sql.text("update scheduler_events set body = replace(body, 'tenants', 'tenantz') where line = 2")
+        )
+    with pytest.raises(IntegrityError, match=r"line 2 \(state\) was changed"):
+        Journal(journal.url).read()
+
+
+def test_a_quota_for_a_pool_that_is_none_is_refused(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with pytest.raises(ConfigError, match=r"names 'aa', which is no pool; known: a"):
+        world.scheduler.set_tenant(Tenant(name="team", limit={"aa": 8.0}))

@@ -55,8 +55,17 @@ def explain(job: str) -> None:
         click.echo(f"waits      {reason.text}")
         if reason.remedy:
             click.echo(f"  -> {reason.remedy}")
+        if not entry.is_held:
+            start_s = _expected(service, actor, snapshot).get(job)
+            click.echo(f"starts     {'nobody knows when' if start_s is None else _in(start_s)}, if nothing new comes")
     elif str(entry.status) == "waiting":
         click.echo("waits      it was just submitted; the next round, within a second, looks at it")
+    if (noise := service.call(actor.noise, job)) is not None and noise.sqr > 0 and noise.var > 0:
+        batch = entry.measured[-1].global_batch if entry.measured else 0
+        click.echo(
+            f"gradients  noise scale {noise.var / noise.sqr:.1f} batches of {batch}; a step with twice the batch would "
+            f"be worth {float(noise.gain(2.0)):.2f} steps"
+        )
     if failure:
         click.echo(f"the last scheduling round failed: {failure}")
 
@@ -97,6 +106,7 @@ def priority(job: str, priority: int) -> None:
 def _rows(show_all: bool) -> list[dict[str, Any]]:
     service, actor = _service()
     snapshot, entries, answers, reasons, _ = service.call(actor.look)
+    starts = _expected(service, actor, snapshot)
     waiting = [job for job, entry in entries.items() if str(entry.status) == "waiting"]
     rows = []
     for job, entry in entries.items():
@@ -112,6 +122,7 @@ def _rows(show_all: bool) -> list[dict[str, Any]]:
                 "place": waiting.index(job) + 1 if job in waiting else None,
                 "lease": _held(entry.allocation, snapshot),
                 "for_s": round(time.time() - (entry.changed_s or entry.submitted_s)),
+                "starts_in_s": round(max(starts[job] - time.time(), 0.0)) if job in starts and job in waiting else None,
                 "reason": answer.reason or (reason.text if reason and not entry.status.is_over else ""),
             }
         )
@@ -119,10 +130,11 @@ def _rows(show_all: bool) -> list[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = tables.table("job", "tenant", "priority", "state", "place", "lease", "for", "reason")
+    table = tables.table("job", "tenant", "priority", "state", "place", "lease", "for", "starts in", "reason")
     for row in rows:
         cells = [row["job"], row["tenant"], str(row["priority"]), row["state"], str(row["place"] or "-")]
-        tables.add_row(table, *cells, row["lease"] or "-", f"{row['for_s']} s", row["reason"] or "-")
+        starts = "-" if row["starts_in_s"] is None else _span(row["starts_in_s"])
+        tables.add_row(table, *cells, row["lease"] or "-", _span(row["for_s"]), starts, row["reason"] or "-")
     return table
 
 
@@ -146,6 +158,27 @@ def _service() -> tuple[Any, Any]:
 
     connect_existing()
     return service, service.required()
+
+
+def _expected(service: Any, actor: Any, snapshot: Any) -> dict[str, float]:
+    """Waiting jobs to the time of their start, as far as it can be foretold; computed here, not in the scheduler."""
+    from modelyard.scheduling.outlook import expected_starts
+    from modelyard.scheduling.policies import policy
+
+    return expected_starts(snapshot, policy(service.call(actor.ping)))
+
+
+def _in(at_s: float) -> str:
+    return f"in about {_span(max(at_s - time.time(), 0.0))}"
+
+
+def _span(seconds: float) -> str:
+    """`41 s`, `12 min`, `3.5 h`, `2.1 d`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"
 
 
 def _asked(request: Any) -> str:

@@ -19,6 +19,8 @@ import sqlalchemy as sql
 from modelyard.errors import IntegrityError, StorageError
 
 GENESIS = "0" * 64
+STATE = "state"
+"""Kind of the event that stands for all lines before it."""
 _METADATA = sql.MetaData()
 _EVENTS = sql.Table(
     "scheduler_events",
@@ -51,6 +53,7 @@ class Journal:
         """
         self.url, self._clock = url, clock
         self._line, self._chain = 0, GENESIS
+        self._first = 0
         try:
             self._engine = sql.create_engine(url, pool_pre_ping=True)
             if self._engine.dialect.name == "sqlite":
@@ -73,10 +76,13 @@ class Journal:
             raise _unreachable(self.url, error) from error
         events = []
         line, chain = 0, GENESIS
+        if rows and rows[0].kind == STATE:  # it stands for all lines before it
+            line, chain = rows[0].line - 1, _previous(rows[0].body)
         for row in rows:
             events.append(self._checked(row, line + 1, chain))
             line, chain = row.line, row.chain
         self._line, self._chain = line, chain
+        self._first = rows[0].line - 1 if rows else 0
         return events
 
     def append(self, *events: tuple[str, Mapping[str, Any]]) -> list[Event]:
@@ -89,7 +95,7 @@ class Journal:
         rows, written = [], []
         line, chain, now = self._line, self._chain, self._clock()
         for kind, body in events:
-            text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+            text = _text(body)
             line, chain = line + 1, _link(chain, line + 1, now, kind, text)
             rows.append({"line": line, "at_s": now, "kind": kind, "body": text, "chain": chain})
             written.append(Event(now, kind, json.loads(text)))
@@ -97,6 +103,29 @@ class Journal:
             self._insert(rows)
             self._line, self._chain = line, chain
         return written
+
+    @property
+    def length(self) -> int:
+        """Number of lines, counted when they are read and written."""
+        return self._line - self._first
+
+    def compact(self, state: Mapping[str, Any]) -> None:
+        """Put one event, all that the lines so far amount to, in their place; both or neither.
+
+        Raises:
+            StorageError: the database cannot be written; the lines are as they were.
+        """
+        now, line = self._clock(), self._line + 1
+        text = _text({**state, "previous": self._chain})
+        row = {"line": line, "at_s": now, "kind": STATE, "body": text}
+        row["chain"] = _link(self._chain, line, now, STATE, text)
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(sql.insert(_EVENTS), [row])
+                connection.execute(sql.delete(_EVENTS).where(_EVENTS.c.line < line))
+        except sql.exc.SQLAlchemyError as error:
+            raise _unreachable(self.url, error) from error
+        self._line, self._chain, self._first = line, str(row["chain"]), line - 1
 
     def cut(self, line: int) -> int:
         """Drop `line` and everything after it: the way back from a damaged journal. Returns how many rows went."""
@@ -136,6 +165,18 @@ class Journal:
                 f"modelyard scheduler recover --journal {_shown(self.url)} --from-line {line}",
             )
         return Event(row.at_s, row.kind, json.loads(row.body))
+
+
+def _text(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _previous(body: str) -> str:
+    """The chain before a state event; what is damaged gives another, and is found so."""
+    try:
+        return str(json.loads(body).get("previous"))
+    except (ValueError, AttributeError):
+        return GENESIS
 
 
 def _link(chain: str, line: int, at_s: float, kind: str, body: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from modelyard.errors import IntegrityError, NotFoundError, nearest
 from modelyard.scheduling.journal import Event
 from modelyard.scheduling.model import Allocation, Request, Tenant
+from modelyard.scheduling.performance import Observation
 
 
 class Status(enum.StrEnum):
@@ -36,6 +37,20 @@ class Status(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The speed of a job's steps in one configuration."""
+
+    accelerator: str
+    global_batch: int
+    observation: Observation
+
+    @property
+    def where(self) -> tuple[str, int, int]:
+        """The configuration."""
+        return (self.accelerator, self.observation.workers, self.observation.nodes)
+
+
+@dataclass(frozen=True)
 class Entry:
     """One job, and the lease it holds if it runs."""
 
@@ -52,6 +67,8 @@ class Entry:
     is_held: bool = False
     is_cancelled: bool = False
     """Cancelled while it runs: the lease ends when its driver gives it back, or its time to do so is over."""
+    measured: tuple[Measured, ...] = ()
+    """What its reports said of its speed, the newest of each configuration."""
 
 
 class Ledger:
@@ -85,6 +102,10 @@ class Ledger:
             case "priority":
                 request = dataclasses.replace(self.entry(body["job"]).request, priority=body["priority"])
                 self._change(body["job"], request=request)
+            case "measured":
+                self._measured(body["job"], _measured_of(body["measured"]))
+            case "state":
+                self._restored(body)
             case "tenant":
                 tenant = Tenant(**body["tenant"])
                 self.tenants[tenant.name] = tenant
@@ -160,6 +181,23 @@ class Ledger:
             done=max(entry.done, float(body.get("done", 0.0))),
         )
 
+    def state(self, keep_over: int) -> dict[str, Any]:
+        """All that is known as JSON, for one `state` event in place of those before; of what is over the newest."""
+        over = [job_id for job_id, entry in self.entries.items() if entry.status.is_over]
+        dropped = set(over[: max(len(over) - keep_over, 0)])
+        return {
+            "entries": [plain(entry) for job_id, entry in self.entries.items() if job_id not in dropped],
+            "tenants": [plain(tenant) for tenant in self.tenants.values()],
+        }
+
+    def _restored(self, body: Mapping[str, Any]) -> None:
+        self.tenants = {each["name"]: Tenant(**each) for each in body["tenants"]}
+        self.entries = {each["request"]["job_id"]: _entry_of(each) for each in body["entries"]}
+
+    def _measured(self, job_id: str, new: Measured) -> None:
+        others = tuple(each for each in self.entry(job_id).measured if each.where != new.where)
+        self._change(job_id, measured=(*others, new))
+
     def _cancelled(self, job_id: str) -> None:
         if self.entry(job_id).status is Status.WAITING:
             self._change(job_id, status=Status.CANCELLED, is_cancelled=True)
@@ -175,6 +213,19 @@ def request_of(plain: Mapping[str, Any]) -> Request:
     return Request(**{**plain, "pools": tuple(plain.get("pools", ()))})
 
 
-def plain(value: Request | Tenant) -> dict[str, Any]:
-    """A request or tenant as JSON for the journal."""
+def plain(value: Request | Tenant | Entry | Measured) -> dict[str, Any]:
+    """A value of the ledger as JSON for the journal."""
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in dataclasses.asdict(value).items()}
+
+
+def _measured_of(plain: Mapping[str, Any]) -> Measured:
+    return Measured(**{**plain, "observation": Observation(**plain["observation"])})
+
+
+def _entry_of(plain: Mapping[str, Any]) -> Entry:
+    restored = {
+        "request": request_of(plain["request"]),
+        "status": Status(plain["status"]),
+        "measured": tuple(_measured_of(each) for each in plain["measured"]),
+    }
+    return Entry(**{**plain, **restored})

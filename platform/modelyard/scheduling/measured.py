@@ -54,13 +54,15 @@ class Gauge:
     """Collects one job's reports; `speed` is None until the first with a step time."""
 
     speed: Speed | None = None
+    noise: GradientNoise | None = None
     _steps: dict[tuple[str, int, int], Observation] = field(default_factory=dict)
     _fitted: dict[tuple[str, int, int], float] = field(default_factory=dict)
 
-    def take(self, accelerator: str, workers: int, nodes: int, report: Report) -> None:
-        """Take in a report made on `workers` workers of one accelerator."""
+    def take(self, accelerator: str, workers: int, nodes: int, report: Report) -> Observation | None:
+        """Take in a report made on `workers` workers of one accelerator; what it says, if that is news."""
+        self.noise = report.noise or self.noise
         if report.step_s is None or report.step_s <= 0:
-            return
+            return None
         where = (accelerator, workers, nodes)
         step_s, before = report.step_s, self._steps.get(where)
         if before is not None:
@@ -69,8 +71,18 @@ class Gauge:
         sync_s = min(max(report.sync_s, 0.0), 0.99 * step_s) if workers > 1 else 0.0
         self._steps[where] = Observation(nodes, workers, share, step_s, sync_s)
         known = self._fitted.get(where)
-        if known is None or abs(step_s - known) > _NEWS * known:
-            self._fitted = {key: each.step_s for key, each in self._steps.items()}
-            kinds = {key[0] for key in self._steps}
-            models = {k: fit([each for key, each in sorted(self._steps.items()) if key[0] == k]) for k in sorted(kinds)}
-            self.speed = MeasuredSpeed(models, report.global_batch)
+        if known is not None and abs(step_s - known) <= _NEWS * known:
+            return None
+        self._fit(report.global_batch)
+        return self._steps[where]
+
+    def restore(self, accelerator: str, observation: Observation, global_batch: int) -> None:
+        """Take in what `take` returned to an earlier scheduler."""
+        self._steps[accelerator, observation.workers, observation.nodes] = observation
+        self._fit(global_batch)
+
+    def _fit(self, global_batch: int) -> None:
+        self._fitted = {key: each.step_s for key, each in self._steps.items()}
+        kinds = {key[0] for key in self._steps}
+        models = {k: fit([each for key, each in sorted(self._steps.items()) if key[0] == k]) for k in sorted(kinds)}
+        self.speed = MeasuredSpeed(models, global_batch)

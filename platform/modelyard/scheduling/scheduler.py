@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelyard.cluster import Cluster, Node
-from modelyard.errors import ConfigError
+from modelyard.errors import ConfigError, nearest
 from modelyard.scheduling import ledger as ledgers
 from modelyard.scheduling.admission import check_request
 from modelyard.scheduling.growth import Growth, growth, launchable
-from modelyard.scheduling.journal import Journal
-from modelyard.scheduling.ledger import Entry, Ledger, Status
+from modelyard.scheduling.journal import STATE, Event, Journal
+from modelyard.scheduling.ledger import Entry, Ledger, Measured, Status
 from modelyard.scheduling.measured import Gauge, Report
 from modelyard.scheduling.model import (
     Action,
@@ -36,9 +36,14 @@ from modelyard.scheduling.model import (
     actions,
     pool_of,
 )
+from modelyard.scheduling.performance import GradientNoise
 from modelyard.scheduling.quota import Tree
 
 SLACK = 1e-6
+COMPACT_LINES = 20_000
+"""Lines of the journal after which one line takes their place."""
+KEEP_OVER = 1_000
+"""Jobs that are over and stay known then, the newest."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Scheduler:
         self._heard: dict[str, float] = {entry.request.job_id: now for entry in self.ledger.active()}
         self._yields: dict[str, tuple[float, str]] = {}
         self._reasons: dict[str, Reason] = {}
-        self._gauges: dict[str, Gauge] = {}
+        self._gauges = {entry.request.job_id: _gauge(entry) for entry in self.ledger.active()}
         self._done: dict[str, float] = {}
         self._pools: dict[str, str] = {}
         self.growth = Growth()
@@ -163,7 +168,14 @@ class Scheduler:
         self._write(("priority", {"job": job_id, "priority": priority}))
 
     def set_tenant(self, tenant: Tenant) -> None:
-        """Add or change a tenant; refused when the tree would have a cycle or an impossible guarantee."""
+        """Add or change a tenant; refused when it names no pool, or the tree would have a cycle or promise too much."""
+        nodes = self._cluster.nodes()
+        known = {pool_of(node) for node in (*nodes, *launchable(nodes, self._cluster.node_groups(), 1))}
+        for pool in sorted({*tenant.guaranteed, *tenant.limit} - known):
+            raise ConfigError(
+                f"tenant {tenant.name!r} names {pool!r}, which is no pool; known: {', '.join(sorted(known)) or 'none'}",
+                nearest(pool, known),
+            )
         Tree([*(t for t in self.ledger.tenants.values() if t.name != tenant.name), tenant])
         self._write(("tenant", {"tenant": ledgers.plain(tenant)}))
 
@@ -171,6 +183,10 @@ class Scheduler:
         """Forget a tenant; refused while others stand below it."""
         Tree([t for t in self.ledger.tenants.values() if t.name != name])
         self._write(("tenant_removed", {"name": name}))
+
+    def noise(self, job_id: str) -> GradientNoise | None:
+        """What a job said last of the noise of its gradients."""
+        return self._gauges[job_id].noise if job_id in self._gauges else None
 
     def reason(self, job_id: str) -> Reason | None:
         """Why a job waits, as of the last decision."""
@@ -241,7 +257,11 @@ class Scheduler:
         pools = {self._pools.get(node, "") for node in entry.allocation}
         if len(pools) == 1 and "" not in pools:  # a step over several pools tells nothing of one of them
             gauge = self._gauges.setdefault(entry.request.job_id, Gauge())
-            gauge.take(pools.pop(), sum(entry.allocation.values()), len(entry.allocation), report)
+            pool = pools.pop()
+            news = gauge.take(pool, sum(entry.allocation.values()), len(entry.allocation), report)
+            if news is not None:
+                measured = Measured(pool, report.global_batch, news)
+                self._write(("measured", {"job": entry.request.job_id, "measured": ledgers.plain(measured)}))
 
     def _expire(self) -> None:
         now = self._clock()
@@ -293,6 +313,17 @@ class Scheduler:
     def _write(self, *events: tuple[str, Mapping[str, Any]]) -> None:
         for event in self._journal.append(*events):
             self.ledger.apply(event)
+        if self._journal.length > COMPACT_LINES:
+            state = self.ledger.state(KEEP_OVER)
+            self._journal.compact(state)
+            self.ledger = Ledger([Event(self._clock(), STATE, state)])
+
+
+def _gauge(entry: Entry) -> Gauge:
+    gauge = Gauge()
+    for each in entry.measured:
+        gauge.restore(each.accelerator, each.observation, each.global_batch)
+    return gauge
 
 
 def _take(free: dict[str, dict[str, float]], request: Request, allocation: Allocation) -> bool:

@@ -25,6 +25,7 @@ from modelyard.scheduling.journal import Journal
 from modelyard.scheduling.ledger import Entry, Status
 from modelyard.scheduling.measured import Report
 from modelyard.scheduling.model import Reason, Request, Snapshot, Tenant
+from modelyard.scheduling.performance import GradientNoise
 from modelyard.scheduling.policies import policy
 from modelyard.scheduling.scheduler import Answer, Scheduler, Timing
 
@@ -98,6 +99,11 @@ class SchedulerActor:
             answers = {job: scheduler.answer(job) for job in entries}
             reasons = {job: reason for job in entries if (reason := scheduler.reason(job)) is not None}
             return scheduler.snapshot(), entries, answers, reasons, self._failure
+
+    def noise(self, job_id: str) -> GradientNoise | None:
+        """See `Scheduler.noise`."""
+        with self._lock:
+            return self._scheduler.noise(job_id)
 
     def ping(self) -> str:
         """The policy's name, once the journal has been read."""
