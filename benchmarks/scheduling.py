@@ -141,6 +141,9 @@ def run_sia(folder: Path, is_quick: bool, figures: dict[str, float]) -> None:
         print(f"{trace.name}, {len(trace.jobs)} jobs; {use}\n{HEAD}")
         jct, p99, gpu_h = SIA[number]
         published("sia", jct, p99, None, gpu_h)
+        if not is_quick:
+            doubling = sia.read(root / "workloads" / "philly" / f"workload-{number}.csv", models, scale_up=2.0)
+            show("goodput, at most doubling", simulate(doubling, GoodputPolicy(), SIA_RULES))
         ours = simulate(trace, GoodputPolicy(), SIA_RULES)
         worst = max(ours.fairness(trace).values())
         show("goodput", ours, worst)

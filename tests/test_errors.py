@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 from modelyard import errors
-from modelyard.errors import InputError, MissingExtraError, ModelyardError, WaitTimeoutError, nearest
+from modelyard.errors import InputError, MissingExtraError, ModelyardError, OverloadedError, WaitTimeoutError, nearest
 
 TREE = [
     member
@@ -18,6 +18,7 @@ TREE = [
 ]
 SPECIAL = {
     MissingExtraError: MissingExtraError("peft", "lora"),
+    OverloadedError: OverloadedError("64 calls wait already", 2.5),
     WaitTimeoutError: WaitTimeoutError("room for 2 workers", 1.5, "workers.start_timeout_s"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,18 @@ from hypothesis import strategies as st
 
 from modelyard.cluster import Node
 from modelyard.scheduling.forecast import expected_end
-from modelyard.scheduling.model import POOL_LABEL, TOPOLOGY_LABELS, Decision, Job, Request, Snapshot, Tenant, pool_of
+from modelyard.scheduling.model import (
+    POOL_LABEL,
+    TOPOLOGY_LABELS,
+    Allocation,
+    Decision,
+    Job,
+    PoolPower,
+    Request,
+    Snapshot,
+    Tenant,
+    pool_of,
+)
 from modelyard.scheduling.policies import _HOMES, KNOWN
 from modelyard.scheduling.quota import Tree
 
@@ -82,6 +94,7 @@ def check(seen: Snapshot, decision: Decision) -> None:
     _check_partition(seen, decision)
     _check_nodes(seen, decision)
     _check_quota(seen, decision)
+    _check_power(seen, decision)
 
 
 def advance(seen: Snapshot, one: Job, now: float) -> Job:
@@ -133,7 +146,53 @@ def _check_quota(seen: Snapshot, decision: Decision) -> None:
                 key = (tenant, pool_of(seen.node_by_id[name]))
                 used[key] = used.get(key, 0.0) + count * one.request.gpus_per_worker
     for (tenant, pool), amount in used.items():
-        assert amount <= tree.tenant(tenant).limit.get(pool, float("inf")) + 1e-6, f"limit of {tenant} in {pool}"
+        most = tree.tenant(tenant).limit.get(pool, float("inf"))
+        within = [one for one in seen.jobs if tenant in tree.path(one.request.tenant)]
+        assert amount <= max(most, _must_stay(seen, within, pool)) + 1e-6, f"limit of {tenant} in {pool}"
+
+
+def _must_stay(seen: Snapshot, jobs: Iterable[Job], pool: str) -> float:
+    """GPUs of a pool that jobs hold which nobody may stop, however low a limit has become."""
+    return sum(
+        count * one.request.gpus_per_worker
+        for one in jobs
+        for name, count in one.allocation.items()
+        if not one.request.is_preemptible and pool_of(seen.node_by_id[name]) == pool
+    )
+
+
+def _check_power(seen: Snapshot, decision: Decision) -> None:
+    if seen.power_cap_watts is None:
+        return
+    idle = sum(
+        seen.power[pool].idle_watts * _gpus_of(nodes) for pool, nodes in seen.pools.items() if pool in seen.power
+    )
+    least = sum(_extra_watts(seen, one, one.allocation) for one in seen.jobs if not one.request.is_preemptible)
+    drawn = sum(_extra_watts(seen, one, decision.run.get(one.job_id, {})) for one in seen.jobs)
+    assert drawn <= max(seen.power_cap_watts - idle, least, 0.0) + 1e-6, "the power cap is exceeded"
+
+
+def cap_of(seen: Snapshot, share: float) -> float:
+    """A power cap: all accelerators idle, and `share` of what they could draw beyond that."""
+    watts = 0.0
+    for pool, nodes in seen.pools.items():
+        if (power := seen.power.get(pool)) is not None:
+            watts += _gpus_of(nodes) * (power.idle_watts + share * (power.busy_watts - power.idle_watts))
+    return watts
+
+
+def _gpus_of(nodes: Iterable[Node]) -> float:
+    return sum(one.total.get("GPU", 0.0) for one in nodes)
+
+
+def _extra_watts(seen: Snapshot, one: Job, held: Allocation) -> float:
+    """Watts of an allocation beyond those of idle accelerators; a part of one draws as much as a whole."""
+    each = math.ceil(one.request.resources.get("GPU", 0.0))
+    found = 0.0
+    for name, count in held.items():
+        power = seen.power.get(pool_of(seen.node_by_id[name]))
+        found += each * count * (power.busy_watts - power.idle_watts) if power else 0.0
+    return found
 
 
 TENANTS = (
@@ -142,6 +201,10 @@ TENANTS = (
     Tenant(name="speech", parent="research", guaranteed={"a100": 2}, weight=2),
     Tenant(name="product", weight=2, limit={"l4": 6}),
 )
+
+TIGHTER = tuple(dataclasses.replace(one, guaranteed={}, limit={"a100": 3, "l4": 2}) for one in TENANTS)
+"""The same tenants after their limits were lowered."""
+POWER = {"a100": PoolPower(busy_watts=400, idle_watts=50), "l4": PoolPower(busy_watts=70, idle_watts=20)}
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from dataclasses import replace
 
@@ -26,7 +27,11 @@ SPEED = LinearSpeed(per_worker={"fast": 4.0, "slow": 1.0}, efficiency=0.9)
 
 
 def job(name: str, workers: tuple[int, int] = (1, 4), at: float = 0.0, work: float | None = 4000.0, **fields) -> Job:
-    of_job = {key: fields.pop(key) for key in ("allocation", "done", "speed", "is_held", "changed_s") if key in fields}
+    of_job = {
+        key: fields.pop(key)
+        for key in ("allocation", "done", "speed", "is_held", "changed_s", "restarts")
+        if key in fields
+    }
     request = Request(job_id=name, min_workers=workers[0], max_workers=workers[1], work=work, **fields)
     return Job(request=request, submitted_s=at, **({"speed": SPEED} | of_job))
 
@@ -82,6 +87,27 @@ def test_a_change_that_does_not_pay_for_its_restart_is_not_made():
     running = job("a", (4, 4), speed=near, allocation=held, restart_s=300.0)
     assert pools_of(world(running))["a"] == ("slow", 4)
     assert pools_of(world(replace(running, speed=SPEED)))["a"] == ("fast", 4)
+
+
+def test_a_job_that_was_restarted_often_is_left_in_peace():
+    near = LinearSpeed(per_worker={"fast": 1.3, "slow": 1.0})
+    running = job("a", (4, 4), work=4e6, speed=near, allocation={"slow-0000": 4}, restart_s=200.0)
+    assert pools_of(world(running))["a"] == ("fast", 4)
+    assert pools_of(world(replace(running, restarts=20)))["a"] == ("slow", 4)
+
+
+def test_a_waiting_job_takes_the_place_of_one_that_has_done_more_only_if_its_start_pays():
+    running = job("old", (4, 4), work=None, done=30_000.0, allocation={"fast-0000": 4}, restarts=1)
+    for restart_s, runs in ((10.0, "new"), (600.0, "old")):
+        new = job("new", (4, 4), work=None, restart_s=restart_s, at=900.0)
+        assert list(pools_of(world(running, new, pools={"fast": (1, 4)}))) == [runs]
+
+
+def test_a_job_that_cannot_take_few_workers_is_not_served_late_for_it():
+    even = LinearSpeed(per_worker={"fast": 1.0}, default=0.0)
+    big = job("big", (4, 8), speed=even, work=3000.0)
+    small = [job(f"s{n}", (1, 8), speed=even, work=4000.0) for n in range(4)]
+    assert pools_of(world(big, *small, pools={"fast": (1, 4)})) == {"big": ("fast", 4)}
 
 
 def test_a_job_in_its_restart_and_one_that_must_not_stop_stay():
@@ -223,3 +249,27 @@ def test_makespan_keeps_the_longest_job_on_the_fast_pool_where_jct_serves_the_sh
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ConfigError, match="known: jct, makespan"):
         GoodputPolicy(objective="speed")
+
+
+def test_the_integer_program_writes_nothing_to_stdout(capfd):
+    """Values for which one of HiGHS's heuristics prints a line, whatever its logging is set to."""
+    rows = {  # job, pool: GPUs and value of each column
+        (0, 0): {8: 0.194, 12: 0.219},
+        (0, 1): {1: 0.28, 2: 0.363, 4: 0.464, 8: 0.558},
+        (0, 2): {1: 0.145, 2: 0.224, 4: 0.313, 8: 0.425},
+        (1, 0): {4: 0.186, 8: 0.272},
+        (1, 1): {2: 0.494, 4: 0.684, 8: 0.889, 16: 1.0},
+        (1, 2): {1: 0.128, 4: 0.348, 8: 0.481},
+        (2, 0): {1: 0.061, 2: 0.114, 4: 0.179, 8: 0.26},
+        (2, 1): {1: 0.317, 2: 0.499, 4: 0.69, 8: 0.844},
+        (2, 2): {8: 0.464},
+        (3, 0): {4: 0.085},
+        (3, 1): {1: 0.321, 2: 0.397, 4: 0.412},
+        (3, 2): {1: 0.131, 2: 0.165, 4: 0.178},
+    }
+    columns = [(*key, gpus, value) for key, row in rows.items() for gpus, value in row.items()]
+    job, pool, gpus, value = (np.array(numbers) for numbers in zip(*columns, strict=True))
+    one = Problem(num_jobs=4, job=job, pool=pool, gpus=gpus * 1.0, value=value, capacity=np.array([24.0, 16.0, 24.0]))
+    IntegerProgram()(one)
+    ctypes.CDLL(None).fflush(None)  # what C code has written may still be in its buffer
+    assert capfd.readouterr().out == ""

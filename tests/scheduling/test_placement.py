@@ -11,8 +11,9 @@ from tests.scheduling.builders import clusters, job, node, snapshot
 
 from modelyard.cluster import Node
 from modelyard.scheduling.clearing import Resident, clear
-from modelyard.scheduling.model import Decision, Reason, Request, Snapshot, Tenant, Wait
-from modelyard.scheduling.placement import Room, bundles, defragment, extend, place
+from modelyard.scheduling.model import Request, Snapshot, Tenant, Wait
+from modelyard.scheduling.placement import Moves, Room, bundles, defragment, extend, place, room_of
+from modelyard.scheduling.policies import policy
 from modelyard.scheduling.room import copies, demand
 
 
@@ -127,45 +128,51 @@ def test_only_those_are_asked_to_leave_without_whom_it_does_not_fit() -> None:
     assert here.free == before
 
 
-def fragmented(**small: object) -> tuple[Snapshot, Decision]:
+def fragmented(**small: object) -> Snapshot:
     """Two nodes of 4 with a job of 2 on each, and a job whose one worker needs 4."""
     held = [
         job("s0", 2, work=1e6, allocation={"a": 2}, **small),
         job("s1", 2, work=1e6, allocation={"b": 2}, **small),
     ]
-    seen = snapshot([node("a", 4), node("b", 4)], [*held, job("big", 1, gpus=4)])
-    return seen, Decision({"s0": {"a": 2}, "s1": {"b": 2}}, {"big": Reason(Wait.FRAGMENTED, "scattered")})
+    return snapshot([node("a", 4), node("b", 4)], [*held, job("big", 1, gpus=4)])
+
+
+def moves(seen: Snapshot) -> Moves | None:
+    run = {one.job_id: one.allocation for one in seen.jobs if one.is_running}
+    return defragment(seen, run, room_of(seen), seen.by_id["big"], ["a100"])
 
 
 def test_a_move_is_proposed_when_a_waiting_gang_gains_more_than_the_restart_costs() -> None:
-    moves = defragment(*fragmented(restart_s=100))
-    assert moves is not None
-    assert (moves.job_id, moves.moved, moves.allocation) == ("big", {"s0": {"b": 2}}, {"a": 1})
-    assert (moves.cost_gpu_s, moves.gain_gpu_s) == (200, 2400)
+    found = moves(fragmented(restart_s=100))
+    assert found is not None
+    assert (found.job_id, found.moved, found.allocation) == ("big", {"s0": {"b": 2}}, {"a": 1})
+    assert (found.cost_gpu_s, found.gain_gpu_s) == (200, 2400)
 
 
 def test_a_move_that_costs_more_than_it_gains_is_not_proposed() -> None:
-    assert defragment(*fragmented(restart_s=1300)) is None
+    assert moves(fragmented(restart_s=1300)) is None
 
 
 def test_a_move_is_not_proposed_for_a_job_that_would_end_soon_anyway() -> None:
-    seen, decision = fragmented(restart_s=0)
+    seen = fragmented(restart_s=0)
     soon = dataclasses.replace(seen.jobs[0], request=dataclasses.replace(seen.jobs[0].request, work=10, restart_s=6))
-    seen = dataclasses.replace(seen, jobs=(soon, *seen.jobs[1:]))
-    moves = defragment(seen, decision)
-    assert moves is not None
-    assert moves.gain_gpu_s == 4 * 5, "it would have to wait for 5 s only"
-    assert set(moves.moved) == {"s1"}, "moving the other costs 12 of those 20 GPU-seconds"
-
-
-def test_nothing_moves_for_a_gang_that_its_quota_would_not_let_start() -> None:
-    seen, decision = fragmented(restart_s=100)
-    limited = dataclasses.replace(seen, tenants=(Tenant(name="default", limit={"a100": 7}),))
-    assert defragment(limited, decision) is None
+    found = moves(dataclasses.replace(seen, jobs=(soon, *seen.jobs[1:])))
+    assert found is not None
+    assert found.gain_gpu_s == 4 * 5, "it would have to wait for 5 s only"
+    assert set(found.moved) == {"s1"}, "moving the other costs 12 of those 20 GPU-seconds"
 
 
 def test_jobs_that_must_not_be_moved_stay() -> None:
-    assert defragment(*fragmented(is_preemptible=False)) is None
+    assert moves(fragmented(is_preemptible=False)) is None
+
+
+@pytest.mark.parametrize("name", ["fifo", "priority", "fair_share", "deadline"])
+def test_a_policy_moves_a_running_job_so_that_the_next_in_line_fits_unless_told_not_to(name: str) -> None:
+    seen = fragmented(restart_s=100)
+    assert policy(name).decide(seen).run == {"s0": {"b": 2}, "s1": {"b": 2}, "big": {"a": 1}}
+    assert policy(name, moves=False).decide(seen).wait["big"].code is Wait.FRAGMENTED
+    limited = dataclasses.replace(seen, tenants=(Tenant(name="default", limit={"a100": 7}),))
+    assert policy(name).decide(limited).run.keys() == {"s0", "s1"}, "its quota would not let it start"
 
 
 @settings(derandomize=True, deadline=None, max_examples=60, database=None)

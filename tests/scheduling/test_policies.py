@@ -10,7 +10,7 @@ import pytest
 from tests.scheduling.builders import TENANTS, job, node, snapshot
 
 from modelyard.errors import ConfigError
-from modelyard.scheduling.model import Decision, Job, LinearSpeed, Snapshot, Tenant, Wait
+from modelyard.scheduling.model import Decision, Job, LinearSpeed, PoolPower, Snapshot, Tenant, Wait
 from modelyard.scheduling.policies import KNOWN, policy
 
 
@@ -45,6 +45,42 @@ def test_policies_need_neither_ray_nor_torch() -> None:
     assert answer.stdout.strip() == "[]"
 
 
+# Limits of all
+
+
+@pytest.mark.parametrize("name", ["fifo", "priority", "fair_share", "deadline", "random", "round_robin"])
+def test_a_limit_lowered_below_what_is_in_use_stops_the_least_needed_of_that_tenant(name: str) -> None:
+    jobs = [
+        held("dear", 2, {"n": 2}, tenant="t", priority=1),
+        held("cheap", 2, {"n": 2}, tenant="t"),
+        held("theirs", 2, {"n": 2}, tenant="other", priority=-1),
+    ]
+    decision = decide(name, snapshot([node("n", 8)], jobs, [Tenant(name="t", limit={"a100": 3})]))
+    assert decision.run == {"dear": {"n": 2}, "theirs": {"n": 2}}
+    assert decision.wait["cheap"].code is Wait.PREEMPTED
+    assert decision.wait["cheap"].text.startswith("tenant 't' held 4 of now at most 3 in a100; ")
+
+
+def test_an_elastic_job_shrinks_to_a_lowered_limit_and_one_that_must_stay_stays() -> None:
+    elastic = held("a", (1, 4), {"n": 4}, tenant="t", work=100)
+    tenants = [Tenant(name="t", limit={"a100": 3})]
+    assert decide("fifo", snapshot([node("n", 8)], [elastic], tenants)).run == {"a": {"n": 3}}
+    stays = held("a", 4, {"n": 4}, tenant="t", is_preemptible=False)
+    assert decide("fifo", snapshot([node("n", 8)], [stays], tenants)).run == {"a": {"n": 4}}
+
+
+@pytest.mark.parametrize("name", ["fifo", "priority", "fair_share", "deadline"])
+def test_nobody_takes_the_watts_that_the_head_of_the_queue_waits_for(name: str) -> None:
+    power = {"a100": PoolPower(busy_watts=150, idle_watts=50)}
+    jobs = [held("r", 2, {"n": 2}), job("head", 3, at=1), job("small", 1, at=2)]
+    seen = dataclasses.replace(snapshot([node("n", 8)], jobs), power=power, power_cap_watts=400 + 499)
+    decision = decide(name, seen)
+    assert decision.run == {"r": {"n": 2}}
+    assert decision.wait["head"].code is Wait.POWER
+    assert "draw 300 W; the power cap of 899 W leaves 299 W" in decision.wait["head"].text
+    assert {"r", "head"} == decide(name, dataclasses.replace(seen, power_cap_watts=400 + 500)).run.keys()
+
+
 # First come, first served
 
 
@@ -68,7 +104,8 @@ def test_a_wait_is_explained_in_numbers_with_a_remedy() -> None:
 
 def test_scattered_gpus_are_called_fragmented() -> None:
     jobs = [held("r", 5, {"x": 5}), held("s", 5, {"y": 5}), job("a", 1, gpus=4)]
-    assert decide("fifo", snapshot([node("x"), node("y")], jobs)).wait["a"].code is Wait.FRAGMENTED
+    decision = decide("fifo", snapshot([node("x"), node("y")], jobs), moves=False)
+    assert decision.wait["a"].code is Wait.FRAGMENTED
 
 
 def test_a_job_behind_the_head_starts_only_if_it_ends_before_the_head_can_start() -> None:
@@ -90,7 +127,7 @@ def test_a_job_of_any_length_may_use_what_the_head_leaves_over() -> None:
 def test_behind_a_head_that_waits_for_a_job_of_unknown_length_only_other_nodes_are_used() -> None:
     nodes = [node("n", 4), node("small", 2)]
     jobs = [held("r", 1, {"n": 1}), job("head", 1, gpus=4, at=1), job("short", 1, at=2, work=1), job("two", 2, at=3)]
-    decision = decide("fifo", snapshot(nodes, jobs))
+    decision = decide("fifo", snapshot(nodes, jobs), moves=False)
     assert decision.run == {"r": {"n": 1}, "short": {"small": 1}}, "the head needs all of n, whenever r ends"
 
 

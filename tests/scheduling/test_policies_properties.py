@@ -8,9 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.scheduling.builders import (
+    POWER,
     TENANTS,
+    TIGHTER,
     advance,
     apply,
+    cap_of,
     check,
     clusters,
     end_next,
@@ -53,6 +56,24 @@ def test_a_sequence_of_decisions_breaks_no_rule(name: str) -> None:
             if step == 2:
                 states = data.draw(st.lists(STATES, min_size=len(nodes), max_size=len(nodes)))
                 seen = dataclasses.replace(seen, nodes=renamed(nodes, states))
+
+    holds()
+
+
+@pytest.mark.parametrize("name", present_policies())
+def test_power_caps_and_limits_hold_also_when_they_are_lowered_under_running_jobs(name: str) -> None:
+    @(MODEST if name in LIGHT else FEW)
+    @given(clusters(), jobs(), jobs("late", at=50), st.lists(st.sampled_from([0, 0.2, 0.4, 0.7, 1]), min_size=3))
+    def holds(nodes: tuple[Node, ...], first: tuple[Job, ...], late: tuple[Job, ...], shares: list[float]) -> None:
+        made = policy(name)
+        seen = dataclasses.replace(snapshot(nodes, first, TENANTS), power=POWER)
+        for step, share in enumerate(sorted(shares, reverse=True)[:4]):
+            tenants = TIGHTER if step else TENANTS
+            seen = dataclasses.replace(seen, power_cap_watts=cap_of(seen, share), tenants=tenants)
+            decision = made.decide(seen)
+            check(seen, decision)
+            seen = dataclasses.replace(apply(seen, decision), now_s=seen.now_s + 50)
+            seen = dataclasses.replace(seen, jobs=seen.jobs + (late if step == 0 else ()))
 
     holds()
 
@@ -127,7 +148,7 @@ def test_backfill_never_delays_the_head_of_the_queue(
     nodes: tuple[Node, ...], first: tuple[Job, ...], then: tuple[Job, ...], data: st.DataObject
 ) -> None:
     seen = snapshot(nodes, first)
-    seen = apply(seen, FifoPolicy(backfill=False).decide(seen))
+    seen = apply(seen, FifoPolicy(backfill=False, moves=False).decide(seen))
     running = tuple(job for job in seen.jobs if job.is_running)
     unknown = data.draw(st.integers(0, 3)) == 0
     if unknown and running:
@@ -135,13 +156,13 @@ def test_backfill_never_delays_the_head_of_the_queue(
         running = (hidden, *running[1:])
     lengths = {job.job_id: data.draw(st.floats(1, 5000)) for job in (*running, *then) if job.request.work is None}
     seen = dataclasses.replace(seen, jobs=(*running, *then))
-    plain = FifoPolicy(backfill=False).decide(seen)
+    plain = FifoPolicy(backfill=False, moves=False).decide(seen)
     head = next(
         (job for job in then if job.job_id in plain.wait and not job.is_held and _can_run_alone(seen, job)), None
     )
     if head is not None:
-        without = _start_of(head, seen, FifoPolicy(backfill=False), lengths)
-        assert _start_of(head, seen, FifoPolicy(), lengths) <= without + 1e-6
+        without = _start_of(head, seen, FifoPolicy(backfill=False, moves=False), lengths)
+        assert _start_of(head, seen, FifoPolicy(moves=False), lengths) <= without + 1e-6
 
 
 def _start_of(head: Job, seen: Snapshot, made: FifoPolicy, lengths: dict[str, float]) -> float:

@@ -238,22 +238,32 @@ NO_BATCH = BatchChoice(0.0, 0, 0)
 
 def best_batch(model: StepTime, noise: GradientNoise, limits: BatchLimits, workers: int, nodes: int) -> BatchChoice:
     """The batch size of most goodput, of 50 between the smallest and the largest allowed (Pollux, section 3)."""
+    tried = _batches(limits, workers)
+    if tried is None:
+        return NO_BATCH
+    per_worker, accumulation, scale = tried
+    seconds = accumulation * model.compute(per_worker) + model.step(nodes, workers, per_worker)
+    goodput = noise.gain(scale) / seconds
+    best = int(np.argmax(goodput))
+    return BatchChoice(float(goodput[best]), int(per_worker[best]), int(accumulation[best]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _batches(limits: BatchLimits, workers: int) -> tuple[Numbers, Numbers, Numbers] | None:
+    """Batch of a worker, accumulation, and total over the base batch of what is tried; None when nothing is allowed."""
     least = max(limits.base, limits.least_per_worker * workers)
     if least > limits.most:
-        return NO_BATCH
+        return None
     each = np.geomspace(least, limits.most, _BATCHES) / workers
     accumulation = np.ceil(each / limits.most_per_worker - 1e-8) - 1
     if workers == 1:  # one batch alone shows no variance, so a larger one is split in two
         accumulation = np.where(each > limits.base + 1e-8, np.maximum(accumulation, 1), accumulation)
     per_worker = np.ceil(each / (accumulation + 1) - 1e-8)
-    seconds = accumulation * model.compute(per_worker) + model.step(nodes, workers, per_worker)
-    goodput = noise.gain(workers * per_worker * (accumulation + 1) / limits.base) / seconds
     allowed = (per_worker >= limits.least_per_worker) & (per_worker <= limits.most_per_worker)
-    goodput = np.where(allowed, goodput, 0.0)
-    best = int(np.argmax(goodput))
-    if goodput[best] <= 0:
-        return NO_BATCH
-    return BatchChoice(float(goodput[best]), int(per_worker[best]), int(accumulation[best]))
+    if not allowed.any():
+        return None
+    per_worker, accumulation = per_worker[allowed], accumulation[allowed]
+    return per_worker, accumulation, workers * per_worker * (accumulation + 1) / limits.base
 
 
 @dataclass(frozen=True)
@@ -267,7 +277,7 @@ class LearnedSpeed:
     models: Mapping[str, StepTime] = field(default_factory=dict)
     noise: GradientNoise | None = None
     most_workers: int = 1
-    """Not tried beyond this: twice what was measured (Sia doubles at most)."""
+    """Not tried beyond this: a multiple of what was measured."""
     _known: dict[tuple[str, int, int], float] = field(default_factory=dict, repr=False, compare=False)
 
     def goodput(self, accelerator: str, workers: int, nodes: int) -> float:
@@ -306,10 +316,17 @@ class Learner:
         limits: Mapping[str, BatchLimits],
         single: Mapping[str, float],
         *,
-        scale_up: float = 2.0,
+        scale_up: float = 4.0,
         most_workers: int = 64,
     ) -> None:
-        """`single`: samples per second of one worker per accelerator, profiled or taken from a planner."""
+        """Nothing is measured yet.
+
+        Args:
+            single: samples per second of one worker per accelerator, profiled or taken from a planner.
+            scale_up: how many times the largest number of workers measured is tried next. Sia and Pollux double. Each
+                step costs a restart, so that a job of minutes spends much of its life on the way up; a step of four
+                halves their number, and the model is wrong by little more.
+        """
         if missing := set(limits) - set(single):
             raise ConfigError(
                 f"no speed of one worker on {', '.join(sorted(missing))}", "profile it or give an estimate"

@@ -7,13 +7,12 @@ then the pool), there on the fewest nodes, and of those that do equally well in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from modelyard.scheduling.clearing import Resident, clear
-from modelyard.scheduling.forecast import Holder, earliest_start, expected_end
-from modelyard.scheduling.model import Allocation, Decision, Job, Request, Snapshot, pool_of
-from modelyard.scheduling.quota import Ledger, Tree
+from modelyard.scheduling.forecast import Holder, earliest_start, expected_end, fits
+from modelyard.scheduling.model import Allocation, Decision, Job, Request, Snapshot
 from modelyard.scheduling.room import Room
 
 NODE_ID_LABEL = "ray.io/node-id"
@@ -98,56 +97,46 @@ class Moves:
     gain_gpu_s: float
 
 
-def defragment(snapshot: Snapshot, decision: Decision, *, horizon_s: float = 600.0) -> Moves | None:
-    """Moves of running jobs after which a gang that `decision` lets wait could start, or None when none pays.
+def defragment(
+    snapshot: Snapshot,
+    run: Mapping[str, Allocation],
+    room: Room,
+    job: Job,
+    pools: Sequence[str],
+    *,
+    horizon_s: float = 600.0,
+) -> Moves | None:
+    """Moves of running jobs after which a gang that waits for room could start, or None when none pays.
 
     The rule: the moved jobs lose `restart_s` times their GPUs. The gang gains its GPUs times the seconds it would
     wait otherwise: until the first moment at which enough of the running jobs are expected to have ended, at most
-    `horizon_s`. Moves pay when the gain is above the loss. The first such gang, by time of submission, is proposed.
+    `horizon_s`. Moves pay when the gain is above the loss.
+
+    Args:
+        run: where jobs are to run, by what was decided so far.
+        room: what that leaves free; as before afterwards.
+        pools: those the gang may start in.
     """
-    room = room_of(snapshot, decision)
-    holders = [
-        Holder(expected_end(snapshot, job, decision.run[job.job_id]), job.request, decision.run[job.job_id])
-        for job in snapshot.jobs
-        if job.job_id in decision.run
-    ]
-    movable = _movable(snapshot, decision)
-    ledger = _charged(snapshot, decision)
-    waiting = [job for job in snapshot.jobs if job.job_id in decision.wait and not job.is_held]
-    for job in sorted(waiting, key=lambda one: (one.submitted_s, one.job_id)):
-        request = job.request
-        needed = request.min_workers * request.gpus_per_worker
-        pools = [
-            pool
-            for pool in request.pools or snapshot.pools
-            if pool in snapshot.pools and ledger.may_hold(request.tenant, pool, needed)
-        ]
-        if place(room, request, pools, request.min_workers) is not None:
-            continue  # it waits for something else than room
-        start = earliest_start(room, holders, request, pools, request.min_workers, snapshot.now_s)
-        avoided_s = min(horizon_s, start.start_s - snapshot.now_s if start else horizon_s)
-        gain = needed * avoided_s
-        if gain > 0 and (found := _moves(room, job, pools, movable, gain)) is not None:
-            return found
-    return None
+    request = job.request
+    if not pools or fits(room, request, pools, request.min_workers):
+        return None  # it waits for something else than room
+    jobs = [one for one in snapshot.jobs if one.job_id in run]
+    holders = [Holder(expected_end(snapshot, one, run[one.job_id]), one.request, run[one.job_id]) for one in jobs]
+    start = earliest_start(room, holders, request, pools, request.min_workers, snapshot.now_s)
+    avoided_s = min(horizon_s, start.start_s - snapshot.now_s if start else horizon_s)
+    gain = request.min_workers * request.gpus_per_worker * avoided_s
+    return _moves(room, job, pools, _movable(jobs, run, room), gain) if gain > 0 else None
 
 
-def _charged(snapshot: Snapshot, decision: Decision) -> Ledger:
-    """What each tenant holds by the decision."""
-    ledger = Ledger(Tree(snapshot.tenants))
-    for job_id, allocation in decision.run.items():
-        request = snapshot.by_id[job_id].request
-        for node, count in allocation.items():
-            pool = pool_of(snapshot.node_by_id[node])
-            ledger.charge(request.tenant, {pool: count * request.gpus_per_worker})
-    return ledger
-
-
-def _movable(snapshot: Snapshot, decision: Decision) -> list[Resident]:
+def _movable(jobs: Sequence[Job], run: Mapping[str, Allocation], room: Room) -> list[Resident]:
+    """Jobs that stay where they are by what was decided, but could lie elsewhere in their pool."""
     return [
         Resident(job.request, job.allocation, 0, job.request.restart_s * job.workers * job.request.gpus_per_worker)
-        for job in snapshot.jobs
-        if job.is_running and job.request.is_preemptible and decision.run.get(job.job_id) == job.allocation
+        for job in jobs
+        if job.is_running
+        and job.request.is_preemptible
+        and run[job.job_id] == job.allocation
+        and len({room.pool(node) for node in job.allocation}) == 1
     ]
 
 
@@ -167,8 +156,7 @@ def _moves(room: Room, job: Job, pools: Sequence[str], movable: Sequence[Residen
         trial.take(request, allocation)
         moved: dict[str, Allocation] = {}
         for victim in victims:
-            own = {room.pool(node) for node in victim.allocation}
-            goal = place(trial, victim.request, sorted(p for p in own if p), sum(victim.allocation.values()))
+            goal = place(trial, victim.request, pool, sum(victim.allocation.values()))
             if goal is None:
                 break
             trial.take(victim.request, goal)

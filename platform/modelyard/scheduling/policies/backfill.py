@@ -24,6 +24,9 @@ class Reservation:
         self.start_s: float | None = None
         """When it can start; None when nobody knows."""
         self._needs: dict[str, float] = {}
+        self._watts = min((board.watts.each(head.request, pool) for pool in board.pools(head)), default=0.0)
+        self._watts *= head.request.min_workers
+        """Of the power cap, what the head needs at least."""
         self.spare = board.room.copy()
         """What the head needs neither now nor then."""
         request, pools = head.request, board.pools(head)
@@ -49,7 +52,7 @@ class Reservation:
             self.spare.lower(self._board.room, soon)
             return True
         beside = self._needs if self._shares_quota(job) else None
-        found = self._board.find(job, workers, room=self.spare, beside=beside)
+        found = self._board.find(job, workers, room=self.spare, beside=beside, beside_watts=self._watts)
         if found is None:
             return False
         self._board.start(job, found)
@@ -59,7 +62,7 @@ class Reservation:
     def grow(self, job: Job, *, most: int | None = None) -> None:
         """Give a job more workers from what the head needs neither now nor then."""
         if not self._shares_quota(job):
-            self._board.grow(job, room=self.spare, most=most)
+            self._board.grow(job, room=self.spare, most=most, beside_watts=self._watts)
 
     def follow(self, nodes: Allocation) -> None:
         """Take over that these nodes were handed out in some other way."""

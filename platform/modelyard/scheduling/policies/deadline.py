@@ -18,15 +18,17 @@ class DeadlinePolicy:
     them those that will be late anyway, and last those without a deadline.
 
     A job gets the fewest workers with which it ends in time; if there is room for fewer only, it starts with those,
-    and a running job that falls behind grows as soon as there is room. Nothing is evicted. The first job without
+    and a running job that falls behind grows as soon as there is room. Nothing is stopped. The first job without
     room is not delayed by those after it.
     """
 
+    moves: bool = True
+    """Whether running jobs are moved, where that loses less than the wait it saves, so that the next in line fits."""
     name: str = "deadline"
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Where each job runs, or why it waits."""
-        return _Round(snapshot).decide()
+        return _Round(snapshot, self.moves).decide()
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class Outlook:
 
 
 class _Round:
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, moves: bool) -> None:
         self.board = Board(snapshot)
+        self.moves = moves
         self.now_s = snapshot.now_s
         running = [snapshot.by_id[job_id] for job_id in self.board.run]
         self.behind = {job.job_id for job in running if self._is_late(job, job.allocation)}
@@ -59,6 +62,8 @@ class _Round:
                     self._hurry(job)
             elif not self.board.is_over_quota(job) and not self._start(job) and self.reservation is None:
                 self.reservation = Reservation(self.board, job)
+        if self.moves and self.reservation is not None:
+            self.board.make_room(self.reservation.head)
         decision = self.board.decision([job for job in self.order if job.job_id not in self.behind])
         return Decision(decision.run, {name: self._with_outlook(name, why) for name, why in decision.wait.items()})
 

@@ -32,11 +32,13 @@ class FairSharePolicy:
 
     patience_s: float = 6 * 3600.0
     """Seconds of waiting after which a job goes before all that borrow."""
+    moves: bool = True
+    """Whether running jobs are moved, where that loses less than the wait it saves, so that the next in line fits."""
     name: str = "fair_share"
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Where each job runs, or why it waits."""
-        return _Round(snapshot, self.patience_s).decide()
+        return _Round(snapshot, self.patience_s, self.moves).decide()
 
 
 class Shares:
@@ -72,9 +74,9 @@ class Shares:
 
 
 class _Round:
-    def __init__(self, snapshot: Snapshot, patience_s: float) -> None:
+    def __init__(self, snapshot: Snapshot, patience_s: float, moves: bool) -> None:
         self.board = Board(snapshot)
-        self.patience_s = patience_s
+        self.patience_s, self.moves = patience_s, moves
         self.shares = Shares(self.board)
         for job_id, allocation in self.board.run.items():
             self.shares.charge(snapshot.by_id[job_id], allocation)
@@ -104,6 +106,8 @@ class _Round:
                 self.board.grow(job)
             else:
                 self.reservation.grow(job)
+        if self.moves and self.reservation is not None:
+            self.board.make_room(self.reservation.head)
         return self.board.decision(order)
 
     def _place(self, job: Job) -> tuple[bool, int, float, str]:

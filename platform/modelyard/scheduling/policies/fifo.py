@@ -11,7 +11,7 @@ from modelyard.scheduling.policies.board import Board
 
 @dataclass
 class FifoPolicy:
-    """Jobs start in the order of their submission, whatever their priority; running jobs are left alone.
+    """Jobs start in the order of their submission, whatever their priority; running jobs are never stopped.
 
     Jobs that are on hold, over their tenant's limit or too large for the cluster are passed over. The first other one
     without room is the head. What has started before it grows only by what the head does not need; what stands behind
@@ -20,6 +20,8 @@ class FifoPolicy:
 
     backfill: bool = True
     """Whether jobs behind the head may start at all."""
+    moves: bool = True
+    """Whether running jobs are moved, where that loses less than the wait it saves, so that the next in line fits."""
     name: str = "fifo"
 
     def decide(self, snapshot: Snapshot) -> Decision:
@@ -46,6 +48,8 @@ class FifoPolicy:
                 board.grow(job)
             else:
                 reservation.grow(job)
+        if self.moves and reservation is not None:
+            board.make_room(reservation.head)
         return board.decision()
 
     @staticmethod

@@ -7,6 +7,7 @@ within a horizon, and a GPU that adds too little stays idle.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,9 +20,10 @@ from modelyard.scheduling.policies.choices import Catalogue, Choice, gpus_of
 from modelyard.scheduling.policies.integer_program import IntegerProgram
 from modelyard.scheduling.policies.makespan import makespan_values
 from modelyard.scheduling.policies.objective import NONE, Numbers, Problem, Solver
+from modelyard.scheduling.policies.power import Watts
 from modelyard.scheduling.policies.verdict import Verdict
 from modelyard.scheduling.policies.worth import Worth
-from modelyard.scheduling.quota import Tree
+from modelyard.scheduling.quota import Ledger, Tree
 from modelyard.scheduling.room import UNIT, Room
 
 
@@ -54,14 +56,17 @@ class _Round:
         self.room = Room(snapshot.pools)
         self.catalogue = Catalogue(snapshot, self.room.copy())
         self.pools = list(snapshot.pools)
+        self.watts = Watts(snapshot)
+        self.ledger = Ledger(Tree(snapshot.tenants))
+        """Of what is fixed."""
         self.fixed: dict[str, Allocation] = {}
         self.jobs: list[Job] = []
         self.choices: list[list[Choice]] = []
-        for job in sorted(snapshot.jobs, key=lambda one: (one.submitted_s, one.job_id)):
+        for job in sorted(snapshot.jobs, key=lambda one: (one.request.is_preemptible, one.submitted_s, one.job_id)):
             if self._is_fixed(job):
-                self.room.take(job.request, job.allocation)
-                self.fixed[job.job_id] = dict(job.allocation)
-            elif not job.is_held:
+                self._fix(job)
+        for job in sorted(snapshot.jobs, key=lambda one: (one.submitted_s, one.job_id)):
+            if job.job_id not in self.fixed and not job.is_held:
                 found = self.catalogue.of(job)
                 if found:
                     self.jobs.append(job)
@@ -87,11 +92,33 @@ class _Round:
         )
 
     def _is_fixed(self, job: Job) -> bool:
-        """Whether it stays as it is: not to be preempted, or in the middle of a restart that was already paid for."""
+        """Whether it stays as it is: not to be preempted, or in the middle of a restart that was already paid for.
+
+        A restart is given up when a limit or the power cap has been lowered below what it holds.
+        """
         if not job.is_running or not self.room.holds(job.request, job.allocation):
             return False
-        is_restarting = job.changed_s is not None and self.snapshot.now_s < job.changed_s + job.request.restart_s
-        return is_restarting or not job.request.is_preemptible
+        if not job.request.is_preemptible:
+            return True
+        if job.changed_s is None or self.snapshot.now_s >= job.changed_s + job.request.restart_s:
+            return False
+        gpus = self._gpus(job)
+        within = all(self.ledger.may_hold(job.request.tenant, pool, count) for pool, count in gpus.items())
+        return within and self.watts.allow(self.watts.of(job.request, job.allocation))
+
+    def _fix(self, job: Job) -> None:
+        self.room.take(job.request, job.allocation)
+        self.fixed[job.job_id] = dict(job.allocation)
+        self.ledger.charge(job.request.tenant, self._gpus(job))
+        self.watts.charge(self.watts.of(job.request, job.allocation))
+
+    def _gpus(self, job: Job) -> dict[str, float]:
+        """What a job holds, by pool."""
+        found: dict[str, float] = {}
+        for node, count in job.allocation.items():
+            pool = str(self.room.pool(node))
+            found[pool] = found.get(pool, 0.0) + count * gpus_of(job.request)
+        return found
 
     def _problem(self) -> Problem:
         number = {pool: index for index, pool in enumerate(self.pools)}
@@ -109,7 +136,7 @@ class _Round:
             value=np.array(values, dtype=float),
             capacity=np.array([self._capacity(pool) for pool in self.pools]),
         )
-        limits = (*self._quotas(problem), *self._power(problem))
+        limits = (*self._quotas(problem), *self._power(problem, columns))
         if limits:
             problem = problem.within(limits)
         if self.policy.objective == "makespan":
@@ -125,14 +152,14 @@ class _Round:
         """Limits of tenants, and what is kept for guarantees of tenants that ask for them."""
         if not self.snapshot.tenants:
             return []
-        tree, rows = Tree(self.snapshot.tenants), []
+        tree, rows = self.ledger.tree, []
         for name in sorted(tree.by_name):
             inside = np.array([name in tree.path(job.request.tenant) for job in self.jobs], dtype=bool)
             mine = inside[problem.job]
             for pool, bound in sorted(tree.by_name[name].limit.items()):
-                rows.append(self._row(problem, pool, mine, bound - self._fixed_gpus(tree, name, pool)))
+                rows.append(self._row(problem, pool, mine, bound - self.ledger.used(name, pool)))
             for pool, amount in sorted(tree.by_name[name].guaranteed.items()):
-                kept = min(amount - self._fixed_gpus(tree, name, pool), self._asked(problem, mine, pool))
+                kept = min(amount - self.ledger.used(name, pool), self._asked(problem, mine, pool))
                 if kept > 0 and pool in self.pools:
                     rows.append(self._row(problem, pool, ~mine, self._capacity(pool) - kept))
         return rows
@@ -141,15 +168,6 @@ class _Round:
         index = self.pools.index(pool) if pool in self.pools else -1
         return np.where(columns & (problem.pool == index), problem.gpus, 0.0), max(bound, 0.0)
 
-    def _fixed_gpus(self, tree: Tree, tenant: str, pool: str) -> float:
-        return sum(
-            count * gpus_of(job.request)
-            for job in self.snapshot.jobs
-            if job.job_id in self.fixed and tenant in tree.path(job.request.tenant)
-            for node, count in self.fixed[job.job_id].items()
-            if self.room.pool(node) == pool
-        )
-
     def _asked(self, problem: Problem, mine: np.ndarray, pool: str) -> float:
         """GPUs that the smallest gangs of a tenant would take in a pool."""
         here = mine & (problem.pool == self.pools.index(pool)) if pool in self.pools else mine & False
@@ -157,19 +175,15 @@ class _Round:
         np.minimum.at(least, problem.job[here], problem.gpus[here])
         return float(least[np.isfinite(least)].sum())
 
-    def _power(self, problem: Problem) -> list[tuple[Numbers, float]]:
+    def _power(self, problem: Problem, columns: Sequence[Choice]) -> list[tuple[Numbers, float]]:
         """Watts that jobs may add to those of the idle cluster."""
         if self.snapshot.power_cap_watts is None:
             return []
-        extra = np.zeros(len(self.pools))
-        left = self.snapshot.power_cap_watts
-        for index, pool in enumerate(self.pools):
-            power = self.snapshot.power.get(pool)
-            if power is not None:
-                extra[index] = max(power.busy_watts - power.idle_watts, 0.0)
-                total = sum(node.total.get("GPU", 0.0) for node in self.snapshot.pools[pool])
-                left -= power.idle_watts * total + extra[index] * (total - self._capacity(pool))
-        return [(problem.gpus * extra[problem.pool], max(left, 0.0))]
+        draws = [
+            self.watts.each(self.jobs[job].request, choice.pool) * choice.workers
+            for job, choice in zip(problem.job, columns, strict=True)
+        ]
+        return [(np.array(draws, dtype=float), max(self.watts.left, 0.0))]
 
     def _span(self, run: dict[str, Allocation]) -> None:
         """Gangs that no pool holds alone, for jobs that allow several; what nobody else wanted."""

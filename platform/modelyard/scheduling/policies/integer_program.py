@@ -8,6 +8,7 @@ small, else as a linear program, whose vertex splits no more jobs than there are
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import coo_array, csr_array
 
 from modelyard.scheduling.policies.objective import NONE, Indices, Numbers, Problem, repair
+
+_QUIET = {"mip_heuristic_run_root_reduced_cost": False}
+"""HiGHS 1.12 writes a line to stdout whenever this heuristic finds something, whatever its logging is set to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +51,15 @@ class IntegerProgram:
             return chosen
         matrix, upper = constraints(problem, columns)
         scale = float(np.abs(problem.value[columns]).max()) or 1.0
-        found = milp(
-            -problem.value[columns] / scale,
-            integrality=np.ones(len(columns)),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, -np.inf, upper),
-            options={"mip_rel_gap": self.gap, "node_limit": self.node_limit, "presolve": False},
-        )
+        with warnings.catch_warnings():  # of options that scipy does not know but hands on
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = milp(
+                -problem.value[columns] / scale,
+                integrality=np.ones(len(columns)),
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(matrix, -np.inf, upper),
+                options={"mip_rel_gap": self.gap, "node_limit": self.node_limit, "presolve": False} | _QUIET,
+            )
         if found.x is None:
             return repair(problem, chosen)
         taken = columns[found.x > 0.5]

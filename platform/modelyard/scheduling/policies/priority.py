@@ -24,16 +24,19 @@ class PriorityPolicy:
     job for which not even eviction makes room is not delayed by those behind it, except by such as it can evict.
     """
 
+    moves: bool = True
+    """Whether running jobs are moved, where that loses less than the wait it saves, so that the next in line fits."""
     name: str = "priority"
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Where each job runs, or why it waits."""
-        return _Round(snapshot).decide()
+        return _Round(snapshot, self.moves).decide()
 
 
 class _Round:
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, moves: bool) -> None:
         self.board = Board(snapshot)
+        self.moves = moves
         self.heap = [(_rank(job), job) for job in self.board.queue]
         heapq.heapify(self.heap)
         self.reservation: Reservation | None = None
@@ -56,6 +59,8 @@ class _Round:
                 self.board.grow(job)
             else:
                 self.reservation.grow(job)
+        if self.moves and self.reservation is not None:
+            self.board.make_room(self.reservation.head)
         return self.board.decision(order)
 
     def _start(self, job: Job) -> bool:

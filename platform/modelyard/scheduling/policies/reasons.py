@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ class Reasons:
         behind = _behind(ahead)
         pools = board.pools(job)
         if fits(board.room, request, pools, request.min_workers):
+            if (blocked := self._power(request, pools)) is not None:
+                return dataclasses.replace(blocked, text=f"{blocked.text}{behind}")
             return Reason(
                 Wait.BEHIND,
                 f"needs {amount(request)} in {_either(pools)}, and they are free, but kept{behind}",
@@ -44,6 +47,19 @@ class Reasons:
         most = max(board.room.capacity(request, pool) for pool in pools)
         less = f"lower min_workers from {request.min_workers} to {most}, " if most else ""
         return Reason(Wait.NO_ROOM, text, f"{less}allow other pools, or wait until running jobs end")
+
+    def _power(self, request: Request, pools: Sequence[str]) -> Reason | None:
+        """Whether watts, and not room, keep the job waiting."""
+        watts = self._board.watts
+        needed = request.min_workers * min(watts.each(request, pool) for pool in pools)
+        if watts.allow(needed):
+            return None
+        return Reason(
+            Wait.POWER,
+            f"needs {amount(request)} in {_either(pools)}, and they are free, but draw {needed:.0f} W; the power cap "
+            f"of {self._board.snapshot.power_cap_watts:g} W leaves {max(watts.left, 0.0):.0f} W",
+            "raise the power cap, or wait until running jobs end",
+        )
 
     def quota(self, job: Job) -> Reason:
         """Which limit keeps the job waiting."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from modelyard.scheduling.model import Job, Snapshot
-from modelyard.scheduling.policies.choices import Choice, reference
+from modelyard.scheduling.policies.choices import Choice, gpus_of, reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,14 @@ class Worth:
     """The same where it is known."""
     curvature: float = 1.0
     """Of elastic jobs: the worth of speed grows as log(1 + curvature * speed), so that further GPUs go to who has few.
-    Rigid jobs have nothing to give up and count linearly."""
+    Speed is counted in smallest gangs here: a job that cannot take less than 32 GPUs is not served late for it. Rigid
+    jobs have nothing to give up and count linearly."""
     thrift: float = 0.003
     """What one GPU must add, as a share of the worth of a job's first; above 0 it is left idle rather than wasted."""
     least_efficiency: float = 0.3
     """Choices whose GPUs do less than this share of what the pool's smallest choice gets out of each are left out."""
-    horizon_s: float = 2400.0
-    """Time to the next change that a restart must pay within."""
+    horizon_s: float = 1200.0
+    """Time that a job which has just come is expected to keep a choice; a restart must pay within that time."""
     energy_weight: float = 0.0
     """What full power of one accelerator of the hungriest pool costs, in the units of `thrift`."""
     price_weight: float = 0.0
@@ -53,6 +54,13 @@ class Worth:
         left = job.remaining
         return max(left / unit, 1.0) if left is not None else self.stretch * (job.done / unit + self.prior_gpu_s)
 
+    def kept(self, now_s: float, job: Job) -> float:
+        """Seconds that a job is expected to keep what it is given now: as long as its choices were kept so far.
+
+        Who was restarted often is therefore left in peace, and who has run undisturbed may change for a small gain.
+        """
+        return (self.horizon_s + max(now_s - job.submitted_s, 0.0)) / (1 + job.restarts)
+
     def values(self, snapshot: Snapshot, job: Job, choices: Sequence[Choice], held: Choice | None) -> list[float]:
         """Worth of each choice; at most 0 for one that must not be taken."""
         unit = reference(choices)
@@ -62,6 +70,9 @@ class Worth:
             first[choice.pool] = max(first.get(choice.pool, 0.0), choice.goodput / choice.gpus)
         is_rigid = job.request.min_workers == job.request.max_workers
         dues = self._dues(snapshot)
+        kept_s = self.kept(snapshot.now_s, job)
+        working = kept_s / (kept_s + job.request.restart_s)
+        bend = self.curvature / (job.request.min_workers * gpus_of(job.request))
         found = []
         for choice in choices:
             is_same = held is not None and (choice.pool, choice.workers) == (held.pool, held.workers)
@@ -71,9 +82,9 @@ class Worth:
             speed = choice.goodput / unit
             if not is_same:  # the rest then takes so much longer
                 speed /= 1 + job.request.restart_s * speed / rest
-            gain = speed if is_rigid else math.log1p(self.curvature * speed) / self.curvature
-            if held is not None and not is_same:
-                gain *= max(1 - job.request.restart_s / self.horizon_s, 0.0)
+            gain = speed if is_rigid else math.log1p(bend * speed) / bend
+            if not is_same:
+                gain *= working
             found.append(weight * (gain - choice.gpus * dues[choice.pool] * (0.0 if is_rigid else 1.0)))
         return found
 

@@ -2,8 +2,11 @@
 
 The truth is interpolated from measured step times and gradient statistics, by the rules of Sia's simulator. A policy
 sees what Sia's does: ratios of 1-GPU throughput, a throughput model fitted to the points the job has really run, the
-gradient statistics of now. It does not see how much work a job has left (`work` is None), nor the tables. The limit of
-twice the largest number of GPUs measured so far, which Sia's simulator sets, holds here too.
+gradient statistics of now. It does not see how much work a job has left (`work` is None), nor the tables.
+
+A job begins on one GPU. Sia's policy then at most doubles what was measured: a rule it is given with each job, of which
+the simulated jobs and that simulator's other policies know nothing. Here it grows by the `scale_up` of
+`performance.Learner`.
 """
 
 from __future__ import annotations
@@ -166,18 +169,24 @@ class ElasticRun:
 
     model: Model
     most_workers: int = 64
+    scale_up: float | None = None
+    """That of `Learner` unless given."""
 
     def begin(self) -> Run:
         """A fresh run of the job."""
-        return _Elastic(self.model, self.most_workers)
+        return _Elastic(self)
 
 
 class _Elastic:
     """A run by the rules of Sia's simulator: batch and accumulation are chosen anew at each epoch and placement."""
 
-    def __init__(self, model: Model, most_workers: int) -> None:
-        self.model = model
-        self.learner = Learner(model.limits, model.single, most_workers=most_workers)
+    def __init__(self, recipe: ElasticRun) -> None:
+        self.model = recipe.model
+        limits, single = self.model.limits, self.model.single
+        if recipe.scale_up is None:
+            self.learner = Learner(limits, single, most_workers=recipe.most_workers)
+        else:
+            self.learner = Learner(limits, single, most_workers=recipe.most_workers, scale_up=recipe.scale_up)
         self.done = 0.0
         self.epoch = 0
         self.gpu = ""
@@ -249,8 +258,18 @@ def read_models(folder: Path, gpus: Sequence[str]) -> dict[str, Model]:
     return found
 
 
-def read(path: Path, models: Mapping[str, Model], pools: Mapping[str, tuple[int, int]] = HETEROGENEOUS) -> Trace:
-    """A Sia workload on Sia's cluster. `num_replicas` and `batch_size` are for rigid schedulers and not used."""
+def read(
+    path: Path,
+    models: Mapping[str, Model],
+    pools: Mapping[str, tuple[int, int]] = HETEROGENEOUS,
+    *,
+    scale_up: float | None = None,
+) -> Trace:
+    """A Sia workload on Sia's cluster. `num_replicas` and `batch_size` are for rigid schedulers and not used.
+
+    Args:
+        scale_up: 2 for the limit of Sia's own policy; that of `Learner` unless given.
+    """
     jobs = []
     for row in read_table(path, ("name", "time", "application")):
         name = row.text("application")
@@ -259,7 +278,7 @@ def read(path: Path, models: Mapping[str, Model], pools: Mapping[str, tuple[int,
         model = models[name]
         most = max(min(64, model.batches[-1] // limits.least_per_worker) for limits in model.limits.values())
         request = Request(job_id=row.text("name"), max_workers=1 if name == "ncf" else most, restart_s=model.restart_s)
-        run = ElasticRun(model, most)
+        run = ElasticRun(model, most, scale_up)
         jobs.append(TraceJob(request=request, submitted_s=row.number("time", least=0), begin=run.begin))
     return Trace(
         name=f"{path.parent.name}-{path.stem.split('-')[-1]}", jobs=in_order(jobs, path), nodes=cluster_of(pools)
