@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
-Feature = Literal["logprobs", "seed", "json_schema"]
+Feature = Literal["logprobs", "top_logprobs", "seed", "json_schema"]
+"""`logprobs`: of the chosen token; `top_logprobs`: of the likeliest ones beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,10 @@ class Generation:
     num_choices: int = 1
     echo: bool = False
     """Whether a completion's answer begins with its prompt."""
+    site: str | None = None
+    """Where the caller is at home; a router prefers that site."""
+    is_streamed: bool = True
+    """Whether the caller sees pieces as they come. If not, a lost replica is made good for without his noticing."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,8 @@ class Piece:
     logprobs: tuple[TextLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    site: str | None = None
+    """On the first piece, where it is answered, if the backend knows; the gateway sends it as `X-Modelyard-Site`."""
 
 
 @dataclass(frozen=True)
