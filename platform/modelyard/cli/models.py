@@ -1,9 +1,10 @@
-"""`modelyard models`: list, show, promote and verify what is registered. `compare` is in `cli/compare.py`."""
+"""`modelyard models`: list, show, promote, verify and import. `compare` is in `cli/compare.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,7 +38,7 @@ def complete_reference(ctx: click.Context, param: click.Parameter, incomplete: s
 
 @click.group()
 def models() -> None:
-    """List, show, verify, promote and compare models (and datasets)."""
+    """List, show, verify, promote, compare and import models (and datasets)."""
 
 
 @models.command("list")
@@ -117,6 +118,20 @@ def verify(ref: str) -> None:
     registry.store.verify(info.kind, info.digest)
     manifest = registry.store.manifest(info.kind, info.digest)
     click.echo(f"{info.reference}: {_size(manifest)}, every byte as stored ({info.digest})")
+
+
+@models.command("import")
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--name", required=True, help="Name to register it under.")
+def import_command(path: Path, name: str) -> None:
+    """Register the causal language model at PATH: a Hugging Face folder with safetensors, or a GGUF file.
+
+    A GGUF file becomes fp32 weights, so that it can be fine-tuned. Nothing in PATH is run, and a pickle is refused.
+    """
+    from modelyard.serving.importing import import_model
+
+    info = import_model(path, name, _registry())
+    click.echo(f"{info.reference} ({info.digest[:19]})")
 
 
 def _registry() -> Registry:

@@ -1,0 +1,1 @@
+"""Engines: token ids in, token ids out. One file per engine; `choice.py` says which one a model gets."""
