@@ -37,6 +37,7 @@ COMMANDS: dict[str, Entry] = {
     "data": Entry("modelyard.cli.data:data", "Prepare and inspect datasets."),
     "doctor": Entry("modelyard.cli.doctor:doctor", "Check this machine and say what to do."),
     "evaluate": Entry("modelyard.cli.evaluate:evaluate", "Measure a model on held-out data."),
+    "keys": Entry("modelyard.cli.keys:keys", "Make, list and revoke the API keys of served models."),
     "models": Entry(
         "modelyard.cli.models:models",
         "List, show, verify, promote and compare models.",
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Entry] = {
     "queue": Entry("modelyard.cli.queue:queue", "Show and steer the jobs that wait and run."),
     "quota": Entry("modelyard.cli.quota:quota", "Show and set what tenants may hold."),
     "scheduler": Entry("modelyard.cli.scheduler:scheduler", "Start, stop and repair the cluster's scheduler."),
+    "serve": Entry("modelyard.cli.serve:serve", "Serve models behind an OpenAI-compatible gateway."),
     "simulate": Entry("modelyard.cli.simulate:simulate", "Replay a workload through scheduling policies."),
     "train": Entry("modelyard.cli.train:train_command", "Train a model and register it."),
 }
