@@ -26,7 +26,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         command, capture_output=True, text=True, timeout=570, check=False, env={**_environment(), **environment}
     )
     assert done.returncode == 0, done.stderr[-6000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    result: dict[str, Any] = json.loads(line)
     return result
 
 
@@ -62,6 +63,7 @@ def test_scaling_down_and_rolling_out_fail_no_call(seen: dict[str, Any]) -> None
 
 
 def test_a_canary_gets_about_its_share(seen: dict[str, Any]) -> None:
+    assert seen["canary_withdrawn"] == ""
     assert 0.2 < seen["canary"]["share"] < 0.6, "40 % were asked for"
 
 

@@ -12,7 +12,7 @@ from modelyard.artifacts.registry import Registry
 from modelyard.errors import ConfigError, InputError, NotFoundError, nearest
 from modelyard.serving.engines.choice import Machine
 from modelyard.serving.engines.memory import MIB
-from modelyard.serving.protocol import EngineStats, Generation, Piece, ServedModel, Usage
+from modelyard.serving.protocol import EngineStats, Generation, OnSite, Piece, ServedModel, Usage
 from modelyard.serving.residents import Residents
 from modelyard.serving.server_config import ServerConfig
 
@@ -78,14 +78,23 @@ class ModelServer:
             async for piece in pieces:
                 yield piece
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], Usage]:
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        site: str | None = None,
+        on_site: OnSite | None = None,
+    ) -> tuple[list[list[float]], Usage]:
         """See `Backend.embed`, and `LanguageModel.embed` for what the vectors are."""
         entry = await self._entry(model, "causal_lm", "embeddings")
         async with self._use(entry) as loaded:
             answer: tuple[list[list[float]], Usage] = await loaded.embed(texts)
             return answer
 
-    async def predict(self, model: str, inputs: Sequence[Any]) -> list[Any]:
+    async def predict(
+        self, model: str, inputs: Sequence[Any], *, site: str | None = None, on_site: OnSite | None = None
+    ) -> list[Any]:
         """See `Backend.predict`."""
         entry = await self._entry(model, None, "predictions")
         async with self._use(entry) as loaded:

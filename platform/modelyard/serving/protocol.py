@@ -10,11 +10,13 @@ Closing an async iterator of either seam cancels the work behind it and frees it
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+OnSite = Callable[[str], None]
+"""Told where a call is answered, if the backend knows; the gateway sends it as `X-Modelyard-Site`."""
 Feature = Literal["logprobs", "top_logprobs", "seed", "json_schema"]
 """`logprobs`: of the chosen token; `top_logprobs`: of the likeliest ones beside it."""
 
@@ -204,10 +206,19 @@ class Backend(Protocol):
         """Text, piece by piece; closing the iterator cancels."""
         ...
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], Usage]:
-        """One unit vector for each text, or sequence of token ids."""
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        site: str | None = None,
+        on_site: OnSite | None = None,
+    ) -> tuple[list[list[float]], Usage]:
+        """One unit vector for each text, or sequence of token ids. `site`: as in `Generation`."""
         ...
 
-    async def predict(self, model: str, inputs: Sequence[Any]) -> list[Any]:
+    async def predict(
+        self, model: str, inputs: Sequence[Any], *, site: str | None = None, on_site: OnSite | None = None
+    ) -> list[Any]:
         """An answer for each input of the other tasks (images as numpy arrays (H, W) or (H, W, C) uint8)."""
         ...

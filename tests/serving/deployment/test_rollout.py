@@ -41,6 +41,16 @@ def test_a_slow_canary_goes_and_an_equal_one_stays() -> None:
     assert verdict(Outcomes(60, 0, [0.12] * 60), GOOD, LIMITS) is None
 
 
+def test_a_healthy_canary_with_uneven_times_survives_a_look_every_second() -> None:
+    dice = np.random.default_rng(3)
+    gone = 0
+    for _ in range(50):
+        mine, theirs = dice.lognormal(-2, 0.6, 300), dice.lognormal(-2, 0.6, 300)
+        looks = ((mine[:n], theirs[:n]) for n in range(20, 300, 20))
+        gone += any(verdict(Outcomes(len(m), 0, m), Outcomes(len(t), 0, t), LIMITS) is not None for m, t in looks)
+    assert gone == 0
+
+
 def test_healthy_canaries_are_almost_never_withdrawn() -> None:
     dice = np.random.default_rng(7)
     gone = sum(verdict(Outcomes(200, int(dice.binomial(200, 0.01))), GOOD, LIMITS) is not None for _ in range(500))

@@ -86,3 +86,16 @@ def test_callers_at_a_site_are_no_part_of_the_clouds_canary() -> None:
 def test_a_share_beyond_the_whole_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"percent=101 is outside 0\.\.100"):
         Share(101)
+
+
+def test_a_call_that_failed_goes_to_the_one_that_failed_least_but_never_to_one_that_does_not_run() -> None:
+    fleet = [target("gpt"), target("gpt@north", state=State.COMING), target("gpt@south")]
+    way = choose(fleet, {}, "gpt", site="north", draw=0.5)
+
+    def asked(**failures: int) -> str:
+        return way.pick({name.replace("_", "@"): count for name, count in failures.items()}).application
+
+    assert asked() == "gpt"
+    assert asked(gpt=1) == "gpt@south"
+    assert asked(gpt=1, gpt_south=1) == "gpt"
+    assert asked(gpt=9, gpt_south=9) == "gpt", "north would have to start first"

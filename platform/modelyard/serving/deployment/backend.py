@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from modelyard.serving.deployment.discovery import MODEL, deployed
 from modelyard.serving.deployment.rollout import verdict
 from modelyard.serving.deployment.routing import Share, State, Target, Way, choose
 from modelyard.serving.deployment.shares import Call, ShareStore
-from modelyard.serving.protocol import Generation, Piece, ServedModel, Usage
+from modelyard.serving.protocol import Generation, OnSite, Piece, ServedModel, Usage
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,9 +74,9 @@ class ServeBackend:
             way = await self._way(model, call.site)
             if way.shadow is not None and not retry.number:
                 self._follow(way.shadow, call)
-            target = way.targets[retry.number % len(way.targets)]
+            target = way.pick(retry.failures)
             request_id = f"{call.request_id}-{retry.number}" if retry.number else call.request_id
-            pieces = self._pieces(target, replace(call, request_id=request_id))
+            pieces = self._pieces(target, replace(call, request_id=request_id), is_last_hope=len(way.targets) == 1)
             first_s: float | None = None
             try:
                 async with contextlib.aclosing(pieces):
@@ -93,37 +94,52 @@ class ServeBackend:
                             yield piece
             except UnavailableError as error:
                 self._note(target, began, is_error=True)
-                if passed_on or not await retry.again(error, len(way.targets)):
+                if passed_on or not await retry.again(error, target, len(way.targets)):
                     raise
             else:
                 self._note(target, began, is_error=False, first_token_s=first_s)
                 return
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], Usage]:
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        site: str | None = None,
+        on_site: OnSite | None = None,
+    ) -> tuple[list[list[float]], Usage]:
         """See `Backend.embed`."""
-        answer: tuple[list[list[float]], Usage] = await self._unary(model, lambda handle: handle.embed.remote(texts))
+        answer: tuple[list[list[float]], Usage] = await self._unary(
+            model, site, on_site, lambda handle: handle.embed.remote(texts)
+        )
         return answer
 
-    async def predict(self, model: str, inputs: Sequence[Any]) -> list[Any]:
+    async def predict(
+        self, model: str, inputs: Sequence[Any], *, site: str | None = None, on_site: OnSite | None = None
+    ) -> list[Any]:
         """See `Backend.predict`."""
-        answers: list[Any] = await self._unary(model, lambda handle: handle.predict.remote(inputs))
+        answers: list[Any] = await self._unary(model, site, on_site, lambda handle: handle.predict.remote(inputs))
         return answers
 
-    async def _unary(self, model: str, ask: Callable[[DeploymentHandle], Any]) -> Any:
+    async def _unary(
+        self, model: str, site: str | None, on_site: OnSite | None, ask: Callable[[DeploymentHandle], Any]
+    ) -> Any:
         retry = _Retry(self._app.recovery_timeout_s)
         while True:
-            way = await self._way(model, None)
-            target = way.targets[retry.number % len(way.targets)]
+            way = await self._way(model, site)
+            target = way.pick(retry.failures)
             began = time.time()
             try:
                 with _translated(target):
-                    answer = await self._soon(target, ask(self._handle(target)))
+                    answer = await self._soon(target, ask(self._handle(target)), len(way.targets) == 1)
             except UnavailableError as error:
                 self._note(target, began, is_error=True)
-                if not await retry.again(error, len(way.targets)):
+                if not await retry.again(error, target, len(way.targets)):
                     raise
             else:
                 self._note(target, began, is_error=False, first_token_s=time.time() - began)
+                if on_site is not None and target.site:
+                    on_site(target.site)
                 return answer
 
     async def _way(self, model: str, site: str | None) -> Way:
@@ -135,23 +151,25 @@ class ServeBackend:
         ]
         return choose(targets, self._view.shares, model, site=site, draw=self._dice.random())
 
-    async def _pieces(self, target: Target, call: Generation) -> AsyncGenerator[Piece, None]:
+    async def _pieces(
+        self, target: Target, call: Generation, *, is_last_hope: bool = False
+    ) -> AsyncGenerator[Piece, None]:
         is_first = True
         with _translated(target):
             answer = self._handle(target).options(stream=True).generate.remote(call)
             try:
-                while (together := await self._soon(target, anext(answer, None))) is not None:
+                while (together := await self._soon(target, anext(answer, None), is_last_hope)) is not None:
                     for piece in together:
                         yield replace(piece, site=target.site) if is_first and target.site else piece
                         is_first = False
             finally:
                 answer.cancel()  # of one that is complete: nothing
 
-    async def _soon(self, target: Target, answer: Awaitable[T]) -> T:
+    async def _soon(self, target: Target, answer: Awaitable[T], is_last_hope: bool) -> T:
         """Wait for a replica, but not for ever: one behind a cut link says nothing, not even that it is gone."""
         setting = "site_timeout_s" if target.site else "piece_timeout_s"
         seconds = self._app.site_timeout_s if target.site else self._app.piece_timeout_s
-        if target.state is not State.RUNNING:
+        if is_last_hope and target.state is State.COMING:
             return await answer  # it is started for this call; the gateway's own limit counts
         try:
             async with asyncio.timeout(seconds):
@@ -247,10 +265,13 @@ class _Retry:
 
     def __init__(self, timeout_s: float) -> None:
         self.number = 0
+        self.failures: Counter[str] = Counter()
+        """By application."""
         self._until = time.monotonic() + timeout_s
 
-    async def again(self, error: UnavailableError, num_targets: int) -> bool:
+    async def again(self, error: UnavailableError, target: Target, num_targets: int) -> bool:
         """Wait a moment; False when the time is over, or every deployment has failed on the call itself."""
+        self.failures[target.application] += 1
         if isinstance(error, _FailedError) and self.number + 1 >= num_targets:
             return False
         pause_s = min(0.1 * 2**self.number, 2.0)

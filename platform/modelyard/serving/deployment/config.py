@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -96,7 +96,8 @@ class GatewayApp(Config):
     replicas: int = Field(default=1, gt=0)
     cpus: float = Field(default=0.5, ge=0)
     """CPUs per replica. Keys in SQLite are on the head's disk: more than one node needs a database by URL."""
-    label_selector: dict[str, str] = {}
+    label_selector: dict[str, str] = {TIER_LABEL: "!edge"}
+    """Nodes for its replicas, in Ray's syntax; by default none at a site, whose link may be cut."""
     refresh_s: float = Field(default=1.0, gt=0)
     """Seconds between looks at what is deployed."""
     recovery_timeout_s: float = Field(default=60.0, ge=0)
@@ -118,8 +119,10 @@ class ServingConfig(Config):
     gateway: GatewayApp | None = GatewayApp()
     """None where only models are deployed: a site of a gateway elsewhere."""
     host: str = "127.0.0.1"
-    """Address the HTTP proxy binds."""
+    """Address the HTTP proxies bind."""
     port: int = Field(default=8000, ge=1, le=65535)
+    proxies: Literal["head", "every_node"] = "head"
+    """Where calls are taken in: on the head, or on every node with a replica, behind a load balancer."""
     models: tuple[ModelApp, ...] = Field(min_length=1)
 
     @field_validator("models", mode="after")

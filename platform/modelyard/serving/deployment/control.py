@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
 GATEWAY_TIMEOUT_S = 120.0
+_PROXIES = {"head": "HeadOnly", "every_node": "EveryNode"}
 Say = Callable[[str], None]
 
 
@@ -82,7 +83,7 @@ def up(config: ServingConfig, say: Say) -> dict[str, Deployed]:
         check_placement(cluster, app.application, app.placement, max(app.min_replicas, 1))
         resolved.append(resolve(app, registry))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": config.host, "port": config.port})
+    serve.start(proxy_location=_PROXIES[config.proxies], http_options={"host": config.host, "port": config.port})
     targets = []
     now = current()
     for app, served, why in resolved:

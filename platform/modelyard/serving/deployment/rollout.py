@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from pydantic import Field
+from scipy.stats import mannwhitneyu
 
 from modelyard.config import Config
 
@@ -21,10 +22,11 @@ class RolloutLimits(Config):
     """Calls of the canary before anything is concluded."""
     max_error_share: float = Field(default=0.02, ge=0, le=1)
     """Share of failed calls that is always fine."""
-    error_confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """How sure it must be that the canary fails more often than that, and than the stable deployment."""
     max_latency_ratio: float = Field(default=1.5, gt=1)
-    """Median time to the first token, over the stable deployment's."""
+    """Time to the first token, over the stable deployment's."""
+    confidence: float = Field(default=0.99, gt=0.5, lt=1)
+    """How sure each look must be that the canary fails more often, or is slower by more than that. There is a look
+    every second, so that a low one withdraws a healthy canary sooner or later."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ def verdict(canary: Outcomes, stable: Outcomes, limits: RolloutLimits) -> str | 
     """Why the canary should be withdrawn, in numbers; None while there is no reason.
 
     Error shares are compared by the lower end of the Wilson score interval (Wilson 1927), which does not jump at the
-    first failed call of a few.
+    first failed call of a few; times by ranks (Mann and Whitney 1947), which a few slow calls do not move.
     """
     if canary.calls < limits.min_calls:
         return None
-    lower = wilson_lower(canary.errors, canary.calls, limits.error_confidence)
+    lower = wilson_lower(canary.errors, canary.calls, limits.confidence)
     normal = max(limits.max_error_share, stable.errors / stable.calls if stable.calls else 0.0)
     if lower > normal:
         return (
@@ -54,7 +56,8 @@ def verdict(canary: Outcomes, stable: Outcomes, limits: RolloutLimits) -> str | 
         )
     if min(len(canary.first_token_s), len(stable.first_token_s)) >= limits.min_calls:
         mine, theirs = float(np.median(canary.first_token_s)), float(np.median(stable.first_token_s))
-        if mine > limits.max_latency_ratio * theirs:
+        allowed = limits.max_latency_ratio * np.asarray(stable.first_token_s)
+        if mannwhitneyu(canary.first_token_s, allowed, alternative="greater").pvalue < 1 - limits.confidence:
             return (
                 f"the median time to the first token is {mine * 1000:.0f} ms, against {theirs * 1000:.0f} ms of the "
                 f"stable deployment (limit: {limits.max_latency_ratio:g} times)"

@@ -61,6 +61,13 @@ class Way:
     targets: tuple[Target, ...]
     shadow: Target | None = None
 
+    def pick(self, failures: Mapping[str, int]) -> Target:
+        """The one to ask now, given how often each application has failed in this call.
+
+        One that runs comes before one that would have to start, whatever has failed; then the one that failed least.
+        """
+        return min(self.targets, key=lambda target: (target.state, failures.get(target.application, 0)))
+
 
 def choose(targets: Sequence[Target], shares: Mapping[str, Share], model: str, *, site: str | None, draw: float) -> Way:
     """The way of one call.
