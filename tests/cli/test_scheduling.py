@@ -156,3 +156,9 @@ def test_pools_count_free_used_leased_and_broken_accelerators() -> None:
         "held_by": {"llm": 4},
     }  # fmt: skip
     assert (cpus["pool"], cpus["unit"], cpus["free"], cpus["held_by"]) == ("default", "CPU", 16, {})
+
+
+def test_what_is_leased_is_not_free_though_its_workers_have_not_started() -> None:
+    node = Node("n1", {"GPU": 8}, {"GPU": 8})
+    entry = Entry(Request(job_id="llm", max_workers=6), 0.0, allocation={"n1": 6})
+    assert summarize((node,), {"llm": entry})[0]["free"] == 2

@@ -70,3 +70,19 @@ def test_bad_input_is_named(
     with pytest.raises(error) as caught:
         simulate(*[given.get(word, word) for word in words])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["--json", "--png"])
+def test_a_file_that_could_not_be_written_is_refused_before_the_simulation(
+    trace: Path, tmp_path: Path, option: str
+) -> None:
+    for path in (tmp_path, tmp_path / "absent" / "file"):
+        with pytest.raises(ConfigError, match=option):
+            simulate("--trace", str(trace), option, str(path))
+
+
+def test_speeds_that_are_no_object_are_refused(trace: Path, tmp_path: Path) -> None:
+    tables = tmp_path / "tables.json"
+    tables.write_text("[]")
+    with pytest.raises(DataError, match="no object"):
+        simulate("--format", "gavel", "--trace", str(trace), "--tables", str(tables))

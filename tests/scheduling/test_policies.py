@@ -9,6 +9,7 @@ import sys
 import pytest
 from tests.scheduling.builders import TENANTS, job, node, snapshot
 
+from modelyard.cluster import Node
 from modelyard.errors import ConfigError
 from modelyard.scheduling.model import Decision, Job, LinearSpeed, PoolPower, Snapshot, Tenant, Wait
 from modelyard.scheduling.policies import KNOWN, policy
@@ -156,6 +157,30 @@ def test_a_job_over_its_tenants_limit_is_passed_over_and_told_so() -> None:
     assert decision.run["b"] == {"n": 6}
     assert decision.wait["a"].code is Wait.QUOTA
     assert "tenant 't' holds 2 of at most 2 in pool a100" in decision.wait["a"].text
+    assert decision.wait["a"].remedy.startswith("wait until jobs of 't' end")
+
+
+def test_a_gang_above_its_tenants_limit_is_not_told_to_wait() -> None:
+    tenants = [Tenant(name="t", limit={"a100": 1})]
+    decision = decide("fifo", snapshot([node("n", 8)], [job("a", 2, tenant="t")], tenants))
+    assert decision.wait["a"].remedy == "lower min_workers, or raise its limit: modelyard quota set t"
+
+
+@pytest.mark.parametrize("name", ["fifo", "priority", "fair_share"])
+def test_nobody_is_said_to_wait_behind_a_job_that_waits_for_other_pools(name: str) -> None:
+    nodes = [node("n", 1), node("t", 1, "t4")]
+    jobs = [held("r", 1, {"n": 1}), held("s", 1, {"t": 1})]
+    jobs += [job("a", 1, at=1, pools=("a100",)), job("b", 1, at=2, pools=("t4",)), job("c", 1, at=3, pools=("t4",))]
+    wait = decide(name, snapshot(nodes, jobs)).wait
+    assert "behind" not in wait["b"].text
+    assert "behind 1 job (b)" in wait["c"].text
+
+
+def test_reasons_leave_out_pools_that_could_never_hold_a_worker() -> None:
+    nodes = [node("n", 1), Node("c", {"CPU": 8}, {"CPU": 8}, {"modelyard/pool": "cpus"})]
+    decision = decide("fifo", snapshot(nodes, [held("r", 1, {"n": 1}), job("a", 1, at=1)]))
+    assert "are free in cpus" not in decision.wait["a"].text
+    assert "are free in a100" in decision.wait["a"].text
 
 
 def test_a_job_that_no_usable_node_could_hold_blocks_nobody() -> None:

@@ -368,3 +368,110 @@ def test_a_quota_for_a_pool_that_is_none_is_refused(tmp_path: Path) -> None:
     world = World(tmp_path)
     with pytest.raises(ConfigError, match=r"names 'aa', which is no pool; known: a"):
         world.scheduler.set_tenant(Tenant(name="team", limit={"aa": 8.0}))
+
+
+def test_two_drivers_of_one_job_never_hold_its_lease_together(world: World) -> None:
+    request = Request(job_id="a", min_workers=2, max_workers=2)
+    world.scheduler.submit(request, "first")
+    world.decide(a={"n1": 2})
+    answer = world.scheduler.submit(request, "second")
+    assert (answer.status, dict(answer.allocation), answer.has_other_driver) == (Status.WAITING, {}, True)
+    assert "another driver" in answer.reason
+    assert world.scheduler.renew("a", driver="first").status is Status.RUNNING
+
+
+def test_a_second_driver_goes_on_with_the_job_of_one_that_died(world: World) -> None:
+    request = Request(job_id="a", min_workers=2, max_workers=2)
+    world.scheduler.submit(request, "first")
+    world.decide(a={"n1": 2})
+    world.clock.now += 14.0
+    world.scheduler.submit(request, "second")
+    world.clock.now += 2.0
+    assert world.decide(a={"n2": 2}) == ["a"], "from its place in line"
+    world.scheduler = world.started()
+    answer = world.scheduler.renew("a", driver="second")
+    assert (answer.status, answer.epoch) == (Status.RUNNING, 2)
+    assert world.scheduler.renew("a", driver="first").has_other_driver, "it was only slow"
+
+
+def test_time_spent_deciding_is_not_a_drivers_silence(world: World) -> None:
+    world.submit("a", 2)
+    world.decide(a={"n1": 2})
+    decide = world.policy.decide
+
+    def slow(snapshot: Snapshot) -> Decision:
+        world.clock.now += 60.0
+        return decide(snapshot)
+
+    world.policy.decide = slow  # type: ignore[method-assign]
+    world.scheduler.decide()
+    world.scheduler.decide()
+    assert world.status("a") is Status.RUNNING
+
+
+def test_the_same_run_with_a_later_deadline_is_the_same_job(world: World) -> None:
+    first = Request(job_id="a", deadline_s=2000.0)
+    world.scheduler.submit(first)
+    assert world.scheduler.submit(dataclasses.replace(first, deadline_s=2005.0)).status is Status.WAITING
+
+
+def test_what_is_over_can_be_neither_held_nor_reprioritized(world: World) -> None:
+    world.submit("a")
+    assert world.scheduler.cancel("a") is Status.WAITING
+    assert world.scheduler.cancel("a") is Status.CANCELLED
+    with pytest.raises(ConfigError, match="is over: cancelled"):
+        world.scheduler.hold("a")
+    with pytest.raises(ConfigError, match="is over: cancelled"):
+        world.scheduler.set_priority("a", 3)
+
+
+def test_a_tenant_is_removed_only_when_it_is_there_and_has_no_jobs(world: World) -> None:
+    world.scheduler.set_tenant(Tenant(name="team", limit={"a": 2}))
+    world.scheduler.submit(Request(job_id="a", tenant="team"))
+    with pytest.raises(NotFoundError, match="did you mean 'team'"):
+        world.scheduler.remove_tenant("tema")
+    with pytest.raises(ConfigError, match="1 jobs in the queue, among them 'a'"):
+        world.scheduler.remove_tenant("team")
+    world.scheduler.cancel("a")
+    world.scheduler.remove_tenant("team")
+    assert world.scheduler.ledger.tenants == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("min_workers", 1.0),
+        ("max_workers", 2.5),
+        ("priority", 1.5),
+        ("work", float("nan")),
+        ("work", -1.0),
+        ("restart_s", float("inf")),
+        ("deadline_s", float("nan")),
+        ("resources", {"GPU": 1.0, "CPU": float("nan")}),
+        ("resources", {"GPU": float("inf")}),
+        ("resources", {"GPU": 1e-9}),
+        ("pools", "a100"),
+        ("job_id", ""),
+        ("job_id", "a\nb"),
+        ("tenant", "x" * 201),
+    ],
+)
+def test_a_request_that_would_break_a_round_is_refused_when_it_is_built(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        Request(**{"job_id": "a", field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("lease_ttl_s", -5.0), ("lease_ttl_s", float("nan")), ("yield_timeout_s", 0.0)]
+)
+def test_times_that_would_end_every_lease_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        Timing(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("weight", float("inf")), ("limit", {"a": float("inf")})])
+def test_endless_quotas_are_refused(world: World, field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="finite"):
+        world.scheduler.set_tenant(Tenant(**{"name": "team", field: value}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="tenant"):
+        Tenant(name="")

@@ -59,9 +59,15 @@ def summarize(nodes: tuple[Node, ...], entries: dict[str, Entry]) -> list[dict[s
                 "total": sum(node.total.get(unit, 0.0) for node in usable),
                 "leased": sum(entries[job].request.resources.get(unit, 0.0) * count for job, count in held.items()),
                 "in_use": sum(node.total.get(unit, 0.0) - node.free.get(unit, 0.0) for node in usable),
-                "free": sum(node.free.get(unit, 0.0) for node in usable),
+                "free": sum(_free(node, unit, entries) for node in usable),
                 "broken": sum(node.total.get(unit, 0.0) for node in members if not node.is_usable),
                 "held_by": {job: count for job, count in held.items() if count},
             }
         )
     return rows
+
+
+def _free(node: Node, unit: str, entries: dict[str, Entry]) -> float:
+    """What neither a lease nor Ray holds; a lease counts before its workers have started too."""
+    leased = sum(e.request.resources.get(unit, 0.0) * e.allocation.get(node.node_id, 0) for e in entries.values())
+    return max(min(node.free.get(unit, 0.0), node.total.get(unit, 0.0) - leased), 0.0)

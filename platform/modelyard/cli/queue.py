@@ -23,12 +23,16 @@ def queue(context: click.Context, watch: bool, show_all: bool, as_json: bool) ->
     """Show the jobs that wait and run: state, place in line, lease, and the reason when waiting."""
     if context.invoked_subcommand is not None:
         return
-    if as_json:
-        click.echo(json.dumps(_rows(show_all), indent=2))
-    elif watch:
+    if watch:
         _watch(show_all)
+        return
+    rows, failure = _rows(show_all)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
     else:
-        tables.console().print(_table(_rows(show_all)))
+        tables.console().print(_table(rows))
+    if failure:
+        click.echo(f"the last scheduling round failed: {failure}", err=True)
 
 
 @queue.command()
@@ -74,8 +78,9 @@ def explain(job: str) -> None:
 @click.argument("job")
 def cancel(job: str) -> None:
     """Take JOB out of the line; a running one stops at its next step boundary."""
-    _tell("cancel", job)
-    click.echo(f"{job} is cancelled")
+    before = str(_tell("cancel", job))
+    said = {"running": "is cancelled and stops at its next step boundary", "waiting": "is cancelled"}
+    click.echo(f"{job} {said.get(before, f'was over already: {before}')}")
 
 
 @queue.command()
@@ -103,9 +108,10 @@ def priority(job: str, priority: int) -> None:
     click.echo(f"{job} has priority {priority}")
 
 
-def _rows(show_all: bool) -> list[dict[str, Any]]:
+def _rows(show_all: bool) -> tuple[list[dict[str, Any]], str]:
+    """A row for each job, and what the last round failed of."""
     service, actor = _service()
-    snapshot, entries, answers, reasons, _ = service.call(actor.look)
+    snapshot, entries, answers, reasons, failure = service.call(actor.look)
     starts = _expected(service, actor, snapshot)
     waiting = [job for job, entry in entries.items() if str(entry.status) == "waiting"]
     rows = []
@@ -126,30 +132,32 @@ def _rows(show_all: bool) -> list[dict[str, Any]]:
                 "reason": answer.reason or (reason.text if reason and not entry.status.is_over else ""),
             }
         )
-    return rows
+    return rows, failure
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[dict[str, Any]], failure: str = "") -> Table:
     table = tables.table("job", "tenant", "priority", "state", "place", "lease", "for", "starts in", "reason")
     for row in rows:
         cells = [row["job"], row["tenant"], str(row["priority"]), row["state"], str(row["place"] or "-")]
         starts = "-" if row["starts_in_s"] is None else _span(row["starts_in_s"])
         tables.add_row(table, *cells, row["lease"] or "-", _span(row["for_s"]), starts, row["reason"] or "-")
+    if failure:
+        table.caption = f"the last scheduling round failed: {failure}"
     return table
 
 
 def _watch(show_all: bool) -> None:
     from rich.live import Live
 
-    with Live(_table(_rows(show_all)), console=tables.console(), auto_refresh=False) as live:
+    with Live(_table(*_rows(show_all)), console=tables.console(), auto_refresh=False) as live:
         while True:
             time.sleep(1.0)
-            live.update(_table(_rows(show_all)), refresh=True)
+            live.update(_table(*_rows(show_all)), refresh=True)
 
 
-def _tell(method: str, *arguments: Any) -> None:
+def _tell(method: str, *arguments: Any) -> Any:
     service, actor = _service()
-    service.call(getattr(actor, method), *arguments)
+    return service.call(getattr(actor, method), *arguments)
 
 
 def _service() -> tuple[Any, Any]:

@@ -47,6 +47,8 @@ def simulate(
     from modelyard.scheduling.policies import policy
     from modelyard.scheduling.simulator import Rules, Simulation
 
+    for option, path in (("--json", json_path), ("--png", png_path)):
+        check_output(option, path)
     chosen = [policy(name.strip()) for name in policies.split(",")]
     pools = None if pools_text is None else parse_pools(pools_text)
     trace = _read(kind, trace_path, tables_path, pools, jobs, seed)
@@ -68,6 +70,16 @@ def simulate(
     if png_path is not None:
         picture(results, png_path)
         click.echo(f"picture {png_path}")
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written at the end.
+
+    Raises:
+        ConfigError: it is a folder, or in none.
+    """
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ConfigError(f"{option} {str(path)!r} is no file in an existing folder", "name a file in one that exists")
 
 
 def parse_pools(text: str) -> dict[str, tuple[int, int]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ from modelyard.scheduling.scheduler import Answer
 
 logger = logging.getLogger(__name__)
 
+_CONNECTING = threading.Lock()
+"""Two threads cannot join a cluster at once."""
+
 
 class Lease:
     """The permission to use `allocation`. Made by `lease(...)`; a thread keeps it alive."""
@@ -35,6 +39,7 @@ class Lease:
         self.request = request
         self._service = service
         self._poll_s, self._renew_s = poll_s, renew_s
+        self._driver = uuid.uuid4().hex
         self._answer = Answer(Status.RUNNING, 0)
         self._report: Report | None = None
         self._closing = threading.Event()
@@ -115,13 +120,25 @@ class Lease:
 
     def _submit(self) -> None:
         if self._service is not None:
-            self._answer = _call(self._service.submit, self.request)
+            self._answer = _call(self._service.submit, self.request, self._driver)
             self._thread.start()
 
     def _close(self, status: Status) -> None:
         self._closing.set()
-        if self._service is not None and not self.is_lost:
+        if self._service is None:
+            return
+        if not self.is_lost:
             self._give_back(status)
+        else:
+            self._leave_line()
+
+    def _leave_line(self) -> None:
+        """Take a job out of the line whose driver no longer waits; not one that another driver keeps."""
+        if self._answer.status is Status.WAITING and not self._answer.has_other_driver:
+            _call(self._service.cancel, self.request.job_id)  # type: ignore[union-attr]
+            self._ask()
+            if not self.is_lost:  # it was granted just then
+                self._give_back(Status.CANCELLED)
 
     def _give_back(self, status: Status) -> None:
         assert self._service is not None
@@ -138,7 +155,6 @@ class Lease:
                 shown = self._answer.reason
                 logger.warning("job %s waits: %s", self.request.job_id, shown)
             if deadline is not None and time.monotonic() > deadline:
-                _call(self._service.cancel, self.request.job_id)  # type: ignore[union-attr]
                 raise WaitTimeoutError(f"a lease for {self.request.job_id}: {shown}", timeout_s or 0.0, "timeout_s")
             with self._changed:
                 self._changed.wait(self._poll_s)
@@ -158,7 +174,7 @@ class Lease:
 
     def _ask(self) -> None:
         assert self._service is not None
-        self._answer = _call(self._service.renew, self.request.job_id, self._report)
+        self._answer = _call(self._service.renew, self.request.job_id, self._report, self._driver)
         with self._changed:
             self._changed.notify_all()
 
@@ -179,8 +195,10 @@ def lease(request: Request, *, timeout_s: float | None = None, renew_s: float = 
     from modelyard.cluster import connect
     from modelyard.scheduling import service
 
-    connect()
-    held = Lease(request, service.connect(), renew_s=renew_s)
+    with _CONNECTING:
+        connect()
+    actor = service.connect()
+    held = Lease(request, None if actor is None else service.Current(actor), renew_s=renew_s)
     held._submit()
     status = Status.FAILED
     try:

@@ -67,6 +67,8 @@ class Entry:
     is_held: bool = False
     is_cancelled: bool = False
     """Cancelled while it runs: the lease ends when its driver gives it back, or its time to do so is over."""
+    driver: str = ""
+    """Who keeps it alive; two drivers of one job never hold its lease together."""
     measured: tuple[Measured, ...] = ()
     """What its reports said of its speed, the newest of each configuration."""
 
@@ -90,13 +92,15 @@ class Ledger:
         body = event.body
         match event.kind:
             case "submitted":
-                self._submitted(event.at_s, request_of(body["request"]))
+                self._submitted(event.at_s, request_of(body["request"]), body.get("driver", ""))
             case "granted":
                 self._granted(event.at_s, body["job"], body["epoch"], body["allocation"])
             case "returned":
                 self._returned(event.at_s, body)
             case "cancelled":
                 self._cancelled(body["job"])
+            case "driver":
+                self._change(body["job"], driver=body["driver"])
             case "held":
                 self._change(body["job"], is_held=body["is_held"])
             case "priority":
@@ -140,13 +144,13 @@ class Ledger:
                 used[name] = used.get(name, 0.0) + amount * workers
         return used
 
-    def _submitted(self, at_s: float, request: Request) -> None:
+    def _submitted(self, at_s: float, request: Request, driver: str) -> None:
         before = self.entries.get(request.job_id)
         if before is not None and not before.status.is_over:
             raise IntegrityError(f"job {request.job_id!r} is in the queue already", "choose another id, or cancel it")
         epoch = before.epoch if before else 0
         self.entries.pop(request.job_id, None)  # it goes to the end of the line
-        self.entries[request.job_id] = Entry(request, at_s, epoch=epoch)
+        self.entries[request.job_id] = Entry(request, at_s, epoch=epoch, driver=driver)
 
     def _granted(self, at_s: float, job_id: str, epoch: int, allocation: Mapping[str, int]) -> None:
         entry = self.entry(job_id)

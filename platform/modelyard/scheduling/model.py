@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +22,9 @@ DEFAULT_POOL = "default"
 """The pool of nodes without the label."""
 TOPOLOGY_LABELS = ("modelyard/rack", "ray.io/availability-zone")
 """Domains wider than a node, smallest first."""
+
+LEAST = 0.0001
+"""The smallest amount of a resource that Ray counts."""
 
 Allocation = Mapping[str, int]
 """Node id to the number of workers there; every count is at least 1."""
@@ -77,6 +81,12 @@ class Request:
     is_preemptible: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pools", _names(self, "pools", self.pools))
+        _check_name("job_id", self.job_id)
+        _check_name("tenant", self.tenant)
+        for name in ("min_workers", "max_workers", "priority"):
+            if not isinstance(value := getattr(self, name), int):
+                raise ConfigError(f"job {self.job_id!r}: {name}={value!r} is no whole number", "give an int")
         if not 1 <= self.min_workers <= self.max_workers:
             raise ConfigError(
                 f"job {self.job_id!r}: min_workers={self.min_workers} is outside 1..max_workers={self.max_workers}",
@@ -86,11 +96,23 @@ class Request:
             raise ConfigError(
                 f"job {self.job_id!r}: priority={self.priority} is outside -1000..1000", "choose one in that band"
             )
-        if not any(amount > 0 for amount in self.resources.values()) or min(self.resources.values()) < 0:
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        amounts = self.resources.values()
+        if not any(amounts) or not all(amount == 0 or LEAST <= amount < math.inf for amount in amounts):
             raise ConfigError(
-                f"job {self.job_id!r}: resources={dict(self.resources)} of a worker are nothing, or negative",
+                f"job {self.job_id!r}: resources={dict(self.resources)} of a worker are nothing, negative, or not "
+                f"finite amounts of at least {LEAST:g}",
                 "give at least one positive amount, e.g. GPU: 1",
             )
+        for name, least in (("work", 0.0), ("restart_s", 0.0), ("deadline_s", -math.inf)):
+            value = getattr(self, name)
+            if value is not None and not (least <= value and math.isfinite(value)):
+                raise ConfigError(
+                    f"job {self.job_id!r}: {name}={value:g} is below 0 or not finite",
+                    "give a finite number" + ("" if name == "restart_s" else ", or leave it out"),
+                )
 
     @property
     def gpus_per_worker(self) -> float:
@@ -151,6 +173,9 @@ class Tenant:
     """Pool to GPUs it can always get back; others may borrow them while it does not ask."""
     limit: Mapping[str, float] = field(default_factory=dict)
     """Pool to the most GPUs it may hold; absent means no limit."""
+
+    def __post_init__(self) -> None:
+        _check_name("tenant", self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +291,19 @@ def actions(snapshot: Snapshot, decision: Decision) -> dict[str, Action]:
         else:
             found[job.job_id] = Action.MOVE if sum(wanted.values()) == job.workers else Action.RESIZE
     return found
+
+
+def _check_name(field_name: str, name: object) -> None:
+    """Names stand in tables, commands and journals."""
+    if not isinstance(name, str) or not 1 <= len(name) <= 200 or not name.isprintable():
+        shown = repr(name) if len(repr(name)) < 60 else f"{repr(name)[:57]}..."
+        raise ConfigError(f"{field_name}={shown} is no name", "give 1 to 200 printable characters")
+
+
+def _names(request: Request, field_name: str, names: object) -> tuple[str, ...]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigError(f"job {request.job_id!r}: {field_name}={names!r} is no list of names", "write ('a100',)")
+    return tuple(names)
 
 
 def pool_of(node: Node) -> str:

@@ -7,6 +7,7 @@ holds for the subtree. What a tenant holds above its guarantee is borrowed: it k
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -175,14 +176,17 @@ class Ledger:
 
 
 def _check_amounts(tenant: Tenant) -> None:
-    if not tenant.weight > 0:
+    if not 0 < tenant.weight < math.inf:
         raise ConfigError(
-            f"tenant {tenant.name!r}: weight={tenant.weight:g} is not above 0", "use 1 for an equal share"
+            f"tenant {tenant.name!r}: weight={tenant.weight:g} is not above 0 and finite", "use 1 for an equal share"
         )
     for field, amounts in (("guaranteed", tenant.guaranteed), ("limit", tenant.limit)):
         for pool, amount in amounts.items():
-            if not amount >= 0:
-                raise ConfigError(f"tenant {tenant.name!r}: {field}.{pool}={amount:g} is below 0", "use 0 or more")
+            if not 0 <= amount < math.inf:
+                raise ConfigError(
+                    f"tenant {tenant.name!r}: {field}.{pool}={amount:g} is below 0 or not finite",
+                    "use 0 or more" + ("; for no limit leave it out" if field == "limit" else ""),
+                )
     for pool, amount in tenant.guaranteed.items():
         if amount > tenant.limit.get(pool, amount):
             raise ConfigError(

@@ -8,15 +8,16 @@ asked to give its lease back (at a step boundary, after a checkpoint); its new o
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from modelyard.cluster import Cluster, Node
-from modelyard.errors import ConfigError, nearest
+from modelyard.errors import ConfigError, NotFoundError, nearest
 from modelyard.scheduling import ledger as ledgers
-from modelyard.scheduling.admission import check_request
+from modelyard.scheduling.admission import FREE_TENANT, check_request
 from modelyard.scheduling.growth import Growth, growth, launchable
 from modelyard.scheduling.journal import STATE, Event, Journal
 from modelyard.scheduling.ledger import Entry, Ledger, Measured, Status
@@ -58,6 +59,8 @@ class Answer:
     yield_by_s: float | None = None
     reason: str = ""
     """Why it waits, or why it must yield."""
+    has_other_driver: bool = False
+    """The job is another driver's, for as long as that one is heard."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Timing:
     """A driver that has not been heard for so long has died."""
     yield_timeout_s: float = 120.0
     """Longest time between asking for a lease and taking it."""
+
+    def __post_init__(self) -> None:
+        for name in ("lease_ttl_s", "yield_timeout_s"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ConfigError(f"{name}={value:g} is not above 0 and finite", "give seconds, e.g. 15")
 
 
 class Scheduler:
@@ -93,6 +101,8 @@ class Scheduler:
         self.ledger = Ledger(journal.read())
         now = clock()
         self._heard: dict[str, float] = {entry.request.job_id: now for entry in self.ledger.active()}
+        self._seconds: dict[str, tuple[str, float]] = {}
+        """Job to another driver that would go on with it, and when that was heard."""
         self._yields: dict[str, tuple[float, str]] = {}
         self._reasons: dict[str, Reason] = {}
         self._gauges = {entry.request.job_id: _gauge(entry) for entry in self.ledger.active()}
@@ -103,15 +113,19 @@ class Scheduler:
 
     # --- what drivers call ---------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> Answer:
+    def submit(self, request: Request, driver: str = "") -> Answer:
         """Put a job at the end of the line; the same request again only says where it stands.
+
+        Args:
+            driver: who asks. A second driver of a job waits until the first has been silent for `lease_ttl_s`.
 
         Raises:
             CapacityError, ConfigError: it can never run here; says what would.
         """
         entry = self.ledger.entries.get(request.job_id)
         if entry is not None and not entry.status.is_over:
-            if dataclasses.replace(entry.request, priority=request.priority) != request:
+            known = dataclasses.replace(entry.request, priority=request.priority, deadline_s=request.deadline_s)
+            if known != request:
                 raise ConfigError(
                     f"job {request.job_id!r} is in the queue with another request",
                     "cancel it first, or choose another id",
@@ -120,20 +134,29 @@ class Scheduler:
             nodes = self._cluster.nodes()
             more = launchable(nodes, self._cluster.node_groups(), request.min_workers)
             check_request(request, nodes, tuple(self.ledger.tenants.values()), more)
-            self._write(("submitted", {"request": ledgers.plain(request)}))
-            for memory in (self._reasons, self._gauges, self._done):  # of an earlier job of that name
+            self._write(("submitted", {"request": ledgers.plain(request), "driver": driver}))
+            for memory in (self._reasons, self._gauges, self._done, self._seconds):  # of an earlier job of that name
                 memory.pop(request.job_id, None)
-        return self.renew(request.job_id)
+        return self.renew(request.job_id, driver=driver)
 
-    def renew(self, job_id: str, report: Report | None = None) -> Answer:
+    def renew(self, job_id: str, report: Report | None = None, driver: str = "") -> Answer:
         """A sign of life from a job's driver; tells it what it holds and whether to give that back."""
         entry = self.ledger.entry(job_id)
+        if not entry.status.is_over and driver and entry.driver not in ("", driver):
+            return self._second(entry, driver)
         if not entry.status.is_over:
             self._heard[job_id] = self._clock()
         if report is not None:
             self._done[job_id] = max(self._done.get(job_id, 0.0), report.done)
             self._measure(entry, report)
         return self.answer(job_id)
+
+    def _second(self, entry: Entry, driver: str) -> Answer:
+        """What a driver is told whose job another one keeps."""
+        self._seconds[entry.request.job_id] = (driver, self._clock())
+        silence = f"{self._timing.lease_ttl_s:g} s"
+        reason = f"another driver of this job is alive; this one goes on when that has been silent for {silence}"
+        return Answer(Status.WAITING, entry.epoch, reason=reason, has_other_driver=True)
 
     def answer(self, job_id: str) -> Answer:
         """Where a job stands, without a sign of life."""
@@ -152,18 +175,25 @@ class Scheduler:
 
     # --- what people call ----------------------------------------------------------------------------------------
 
-    def cancel(self, job_id: str) -> None:
-        """Take a job out of the line; a running one is asked to give its lease back first."""
-        if not self.ledger.entry(job_id).status.is_over:
+    def cancel(self, job_id: str) -> Status:
+        """Take a job out of the line; a running one is asked to give its lease back first. Returns what it was."""
+        status = self.ledger.entry(job_id).status
+        if not status.is_over:
             self._write(("cancelled", {"job": job_id}))
+        return status
 
     def hold(self, job_id: str, *, is_held: bool = True) -> None:
-        """Keep a job from being started (or let it go again). A running one is asked to give its lease back."""
-        if not self.ledger.entry(job_id).status.is_over:
-            self._write(("held", {"job": job_id, "is_held": is_held}))
+        """Keep a job from being started (or let it go again). A running one is asked to give its lease back.
+
+        Raises:
+            ConfigError: the job is over.
+        """
+        self._check_active(job_id)
+        self._write(("held", {"job": job_id, "is_held": is_held}))
 
     def set_priority(self, job_id: str, priority: int) -> None:
-        """Change a job's priority; refused outside the band."""
+        """Change a job's priority; refused outside the band, and when the job is over."""
+        self._check_active(job_id)
         dataclasses.replace(self.ledger.entry(job_id).request, priority=priority)
         self._write(("priority", {"job": job_id, "priority": priority}))
 
@@ -180,9 +210,25 @@ class Scheduler:
         self._write(("tenant", {"tenant": ledgers.plain(tenant)}))
 
     def remove_tenant(self, name: str) -> None:
-        """Forget a tenant; refused while others stand below it."""
+        """Forget a tenant; refused while others stand below it, or its jobs are in the queue.
+
+        Raises:
+            NotFoundError: there is none of that name.
+        """
+        if name not in self.ledger.tenants:
+            raise NotFoundError(f"there is no tenant {name!r}", nearest(name, self.ledger.tenants))
+        jobs = [entry.request.job_id for entry in self.ledger.active() if entry.request.tenant == name]
+        if jobs and name != FREE_TENANT:
+            raise ConfigError(
+                f"tenant {name!r} has {len(jobs)} jobs in the queue, among them {jobs[0]!r}",
+                "wait until they end, or cancel them first",
+            )
         Tree([t for t in self.ledger.tenants.values() if t.name != name])
         self._write(("tenant_removed", {"name": name}))
+
+    def _check_active(self, job_id: str) -> None:
+        if (status := self.ledger.entry(job_id).status).is_over:
+            raise ConfigError(f"job {job_id!r} is over: {status}", "submit it again to run it once more")
 
     def noise(self, job_id: str) -> GradientNoise | None:
         """What a job said last of the noise of its gradients."""
@@ -200,6 +246,8 @@ class Scheduler:
         self._expire()
         snapshot = self.snapshot()
         decision = self.policy.decide(snapshot)
+        deaf_s = self._clock() - snapshot.now_s  # nobody was heard meanwhile
+        self._heard = {job_id: heard_s + deaf_s for job_id, heard_s in self._heard.items()}
         self.growth = growth(snapshot, decision, self._cluster.node_groups())
         self._reasons = {job_id: self._with_growth(job_id, reason) for job_id, reason in decision.wait.items()}
         self._ask_back(snapshot, decision)
@@ -269,12 +317,26 @@ class Scheduler:
             job_id, running = entry.request.job_id, entry.status is Status.RUNNING
             silent_s = now - self._heard.setdefault(job_id, now)
             if silent_s > self._timing.lease_ttl_s:
+                if self._pass_to_second(entry):
+                    continue
                 if running:
                     self.give_back(job_id, entry.epoch, Status.LOST)
                 else:
                     self._write(("cancelled", {"job": job_id}))
             elif running and job_id in self._yields and now > self._yields[job_id][0]:
                 self.give_back(job_id, entry.epoch, Status.WAITING)
+
+    def _pass_to_second(self, entry: Entry) -> bool:
+        """Leave the job of a silent driver to another one that asked for it, at its place in line."""
+        job_id, now = entry.request.job_id, self._clock()
+        driver, heard_s = self._seconds.pop(job_id, ("", 0.0))
+        if not driver or now - heard_s > self._timing.lease_ttl_s:
+            return False
+        if entry.status is Status.RUNNING:
+            self.give_back(job_id, entry.epoch, Status.WAITING)
+        self._write(("driver", {"job": job_id, "driver": driver}))
+        self._heard[job_id] = heard_s
+        return True
 
     def _ask_back(self, snapshot: Snapshot, decision: Decision) -> None:
         wanted: dict[str, str] = {}

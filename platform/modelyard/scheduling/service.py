@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,22 +59,22 @@ class SchedulerActor:
         self._scheduler = Scheduler(Journal(journal_url), cluster, policy(policy_name), timing=timing)
         threading.Thread(target=self._rounds, name="rounds", daemon=True).start()
 
-    def submit(self, request: Request) -> Answer:
+    def submit(self, request: Request, driver: str = "") -> Answer:
         """See `Scheduler.submit`."""
-        return self._changing(lambda: self._scheduler.submit(request))
+        return self._changing(lambda: self._scheduler.submit(request, driver))
 
-    def renew(self, job_id: str, report: Report | None = None) -> Answer:
+    def renew(self, job_id: str, report: Report | None = None, driver: str = "") -> Answer:
         """See `Scheduler.renew`."""
         with self._lock:
-            return self._scheduler.renew(job_id, report)
+            return self._scheduler.renew(job_id, report, driver)
 
     def give_back(self, job_id: str, epoch: int, status: Status, done: float = 0.0) -> None:
         """See `Scheduler.give_back`."""
         self._changing(lambda: self._scheduler.give_back(job_id, epoch, status, done))
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, job_id: str) -> Status:
         """See `Scheduler.cancel`."""
-        self._changing(lambda: self._scheduler.cancel(job_id))
+        return self._changing(lambda: self._scheduler.cancel(job_id))
 
     def hold(self, job_id: str, is_held: bool) -> None:
         """See `Scheduler.hold`."""
@@ -200,6 +201,40 @@ def connect() -> Any | None:
         return None
 
 
+class Current:
+    """The scheduler's methods for one that outlives it: whichever scheduler runs now is called."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor: Any | None = actor
+
+    def __getattr__(self, name: str) -> CurrentMethod:
+        return CurrentMethod(self, name)
+
+    def found(self) -> Any:
+        """The actor; looked up anew after `forget`."""
+        if self._actor is None:
+            self._actor = connect()
+        if self._actor is None:
+            raise ray.exceptions.RayActorError  # as of one that is being restarted
+        return self._actor
+
+    def forget(self) -> None:
+        """It did not answer: another may have taken its place."""
+        self._actor = None
+
+
+@dataclass(frozen=True)
+class CurrentMethod:
+    """One method of `Current`."""
+
+    scheduler: Current
+    name: str
+
+    def remote(self, *arguments: Any) -> Any:
+        """Call it, as a method of an actor."""
+        return getattr(self.scheduler.found(), self.name).remote(*arguments)
+
+
 def stop() -> None:
     """End the scheduler. Leases go on unwatched; a scheduler started on the same journal takes them over."""
     from ray.autoscaler.sdk import request_resources
@@ -237,7 +272,9 @@ def call(method: Any, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any
         except ray.exceptions.RayTaskError as error:
             cause = getattr(error, "cause", None)
             raise (cause if isinstance(cause, Exception) else error) from None
-        except ray.exceptions.RayActorError:  # it is being restarted
+        except ray.exceptions.RayActorError:  # it is being restarted, or was stopped and is started anew
+            if isinstance(method, CurrentMethod):
+                method.scheduler.forget()
             if time.monotonic() > deadline:
                 break
             time.sleep(0.3)

@@ -239,12 +239,16 @@ class Board:
             order: the jobs in the order in which the policy serves them; that of submission unless given.
         """
         reasons = Reasons(self)
-        ahead: list[Job] = []
-        for job in self.queue if order is None else order:
-            if job.job_id not in self.run:
-                if job.job_id not in self.wait:
-                    self.wait[job.job_id] = self._in_words(job, reasons.explain(job, ahead))
-                ahead.append(job)
+        waiting = [job for job in (self.queue if order is None else order) if job.job_id not in self.run]
+        choices = {self.pools(job): set(self.pools(job)) for job in waiting}
+        ahead: dict[tuple[str, ...], list[Job]] = {pools: [] for pools in choices}
+        for job in waiting:
+            own = self.pools(job)
+            if job.job_id not in self.wait:
+                self.wait[job.job_id] = self._in_words(job, reasons.explain(job, ahead[own]))
+            for pools, names in choices.items():
+                if names & choices[own]:  # who waits for other pools stands in nobody's way
+                    ahead[pools].append(job)
         return Decision(
             run={job.job_id: self.run[job.job_id] for job in self.snapshot.jobs if job.job_id in self.run},
             wait={job.job_id: self.wait[job.job_id] for job in self.snapshot.jobs if job.job_id not in self.run},

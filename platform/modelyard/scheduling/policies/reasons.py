@@ -36,7 +36,8 @@ class Reasons:
                 f"needs {amount(request)} in {_either(pools)}, and they are free, but kept{behind}",
                 "wait for those before it, or give `work` so that it can go first if it ends in time",
             )
-        parts = [self._pool(request, pool) for pool in pools]
+        able = [pool for pool in pools if board.empty.capacity(request, pool)]
+        parts = [self._pool(request, pool) for pool in able or pools]
         text = f"needs {amount(request)} together in {_either(pools)}; {'; '.join(parts)}{behind}"
         if any(self._is_scattered(request, pool) for pool in pools):
             return Reason(
@@ -68,11 +69,13 @@ class Reasons:
         for pool in self._board.pools(job):
             found = self._board.ledger.blocking(request.tenant, pool, needed)
             if found is not None:
+                raised = f"raise its limit: modelyard quota set {found.tenant}"
+                waited = f"wait until jobs of {found.tenant!r} end, or {raised}"
                 return Reason(
                     Wait.QUOTA,
                     f"needs {amount(request)}; tenant {found.tenant!r} holds {found.used:g} of at most {found.limit:g} "
                     f"in pool {pool}",
-                    f"wait until jobs of {found.tenant!r} end, or raise its limit: modelyard quota set {found.tenant}",
+                    waited if needed <= found.limit else f"lower min_workers, or {raised}",
                 )
         return Reason(Wait.QUOTA, f"needs {amount(request)}; its tenant's quota allows fewer", "raise the quota")
 
@@ -101,7 +104,7 @@ class Reasons:
         unit = _unit(request)
         free, most, node = self._sum(self._board.room, pool, unit)
         total, _, _ = self._sum(self._board.empty, pool, unit)
-        return f"{free:g} of {total:g} {unit}s are free in {pool}, most free on one node ({node}) is {most:g}"
+        return f"{free:g} of {total:g} {unit}s are free in {pool}, most free on one node ({node[:12]}) is {most:g}"
 
     def _is_scattered(self, request: Request, pool: str) -> bool:
         units = dict(demand(request)).get(_unit(request), 0) / UNIT

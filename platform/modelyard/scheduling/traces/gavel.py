@@ -60,6 +60,10 @@ def read_throughputs(path: Path) -> Throughputs:
         raise DataError(
             f"{path}, line {error.lineno}: field 'throughputs' is no JSON: {error.msg}", "repair the file"
         ) from error
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise DataError(
+            f"{path}, line 1: field 'throughputs' is no object of objects", "give Gavel's simulation_throughputs.json"
+        )
     rates: dict[tuple[str, int], dict[tuple[str, int], float]] = {}
     for accelerator, table in tables.items():
         if accelerator.endswith("_unconsolidated"):
