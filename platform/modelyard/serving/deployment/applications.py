@@ -14,7 +14,7 @@ from modelyard.serving.autoscaling.serve import autoscaling_config
 from modelyard.serving.deployment.config import GatewayApp, ModelApp
 from modelyard.serving.deployment.discovery import MODEL, user_config
 from modelyard.serving.deployment.replica import ModelReplica
-from modelyard.serving.protocol import ServedModel
+from modelyard.serving.protocol import Backend, ServedModel
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -80,10 +80,14 @@ class Gateway:
         self._app = GatewayApp.model_validate(app)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        from modelyard.serving.cascade.backend import CascadeBackend
         from modelyard.serving.deployment.backend import ServeBackend
         from modelyard.serving.gateway import create_app
 
-        return create_app(ServeBackend(self._app), self._app.settings)
+        backend: Backend = ServeBackend(self._app)
+        if self._app.cascades:
+            backend = CascadeBackend(backend, self._app.cascades)
+        return create_app(backend, self._app.settings)
 
 
 def gateway_application(app: GatewayApp) -> Application:

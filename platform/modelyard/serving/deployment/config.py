@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from modelyard.config import Config
 from modelyard.scheduling.model import POOL_LABEL
 from modelyard.serving.autoscaling.model import Capacity, Objective
+from modelyard.serving.cascade.config import CascadeConfig
 from modelyard.serving.deployment.rollout import RolloutLimits
 from modelyard.serving.gateway.settings import GatewaySettings
 from modelyard.serving.server_config import ModelConfig
@@ -111,6 +112,8 @@ class GatewayApp(Config):
     """After that the site is asked again no sooner than this."""
     rollout: RolloutLimits = RolloutLimits()
     """When a canary is withdrawn."""
+    cascades: tuple[CascadeConfig, ...] = ()
+    """Small models that ask a larger one when they are unsure."""
 
 
 class ServingConfig(Config):
@@ -132,3 +135,11 @@ class ServingConfig(Config):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models are named {twice[0]!r}; give one of them another `model.name`")
         return models
+
+    @model_validator(mode="after")
+    def _cascades_hide_nobody(self) -> Self:
+        served = {each.name for each in self.models}
+        for cascade in self.gateway.cascades if self.gateway else ():
+            if cascade.name in served:
+                raise ValueError(f"a cascade and a model are both named {cascade.name!r}; rename the cascade")
+        return self

@@ -82,6 +82,7 @@ def up(config: ServingConfig, say: Say) -> dict[str, Deployed]:
     for app in config.models:
         check_placement(cluster, app.application, app.placement, max(app.min_replicas, 1))
         resolved.append(resolve(app, registry))
+    _check_cascades(config, [served for _, served, _ in resolved], registry)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location=_PROXIES[config.proxies], http_options={"host": config.host, "port": config.port})
     targets = []
@@ -101,6 +102,16 @@ def up(config: ServingConfig, say: Say) -> dict[str, Deployed]:
     if config.gateway is not None:
         _wait_for_gateway()
     return current()
+
+
+def _check_cascades(config: ServingConfig, served: Iterable[ServedModel], registry: Registry) -> None:
+    """Refuse cascades that were calibrated with other models than are to be served."""
+    known = {each.name: each for each in served}
+    for cascade in config.gateway.cascades if config.gateway else ():
+        small, large = known.get(cascade.small), known.get(cascade.large)
+        if small is not None and large is not None:
+            small_digest, large_digest = (registry.resolve(m.reference, kind="model").digest for m in (small, large))
+            cascade.calibration.require(small_digest, large_digest, small.engine)
 
 
 def current() -> dict[str, Deployed]:
