@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.serving.autoscaling.builders import CAPACITY, MODEL, OBJECTIVE, config, pool
 
-from modelyard.errors import DataError
+from modelyard.errors import DataError, ModelyardError
 from modelyard.serving.autoscaling.baselines import Fixed, Ours, Planned, QueueScaler, ServeDefault
 from modelyard.serving.autoscaling.clairvoyant import lower_bound
 from modelyard.serving.autoscaling.model import Snapshot
@@ -29,6 +29,7 @@ class Jumpy:
     """Another number of replicas at each decision."""
 
     period_s = 7.0
+    reads_reports = False
 
     def __init__(self, numbers: list[int]) -> None:
         self.numbers, self.turn = numbers, 0
@@ -86,6 +87,22 @@ def test_no_policy_without_a_miss_needs_less_than_the_clairvoyant_bound(controll
     assert outcome.replica_hours >= bound.replica_hours
     if isinstance(controller, Fixed | Planned):
         assert missed == 0  # so that the bound without a miss is tested too
+
+
+def test_what_happens_before_the_time_that_counts_is_not_counted() -> None:
+    counted = Replay(SHORT, Fixed(6), {"pool": MODEL}, {"pool": 6}, OBJECTIVE, from_s=300.0).run()
+    assert counted.replica_hours == pytest.approx(6 * (SHORT.duration_s - 300.0) / 3600)
+    assert [one.request for one in counted.served] == [one for one in SHORT.requests if one.arrival_s >= 300.0]
+
+
+def test_the_bound_with_a_free_start_is_below_any_start() -> None:
+    free = lower_bound(SHORT, MODEL, OBJECTIVE, initial=None, min_replicas=1).replica_hours
+    for initial in (0, 5, 30):
+        try:
+            given_start = lower_bound(SHORT, MODEL, OBJECTIVE, initial=initial, min_replicas=1).replica_hours
+        except ModelyardError:  # no fleet from so few could keep every objective
+            continue
+        assert free <= given_start + 1e-9
 
 
 def test_missing_more_may_cost_less() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from tests.serving.autoscaling.builders import config, pool
+from tests.serving.autoscaling.sleepers import POOLS, Reporter, Sleeper
 
 from modelyard.serving.autoscaling.model import Objective, PoolConfig, ScalingConfig
 from modelyard.serving.autoscaling.serve import (
@@ -21,7 +21,6 @@ from modelyard.serving.autoscaling.serve import (
     Watch,
     application_policy,
     autoscaling_config,
-    autoscaling_options,
 )
 from modelyard.serving.protocol import EngineStats
 
@@ -80,6 +79,13 @@ def test_requests_are_counted_once_on_their_way_from_the_queue_to_a_replica() ->
     assert arrived == [0, 5, 0, 2, 0, 3]
 
 
+def test_a_report_that_is_missing_for_a_while_brings_no_arrivals_when_it_is_back() -> None:
+    watch = Watch()
+    seen = [context(0.0, 1, **stats(5)), context(1.0, 1), context(2.0, 1, **stats(5)), context(3.0, 1, **stats(6))]
+    arrived = [watch.snapshot({"pool": one}).arrived_requests for one in seen]
+    assert arrived == [5, 0, 0, 1]
+
+
 def test_without_reports_of_replicas_the_policy_keeps_slots_for_what_is_there() -> None:
     scaling = LatencyScaling(config(pool(slots=4, max_replicas=20)).model_dump(mode="json"))
     replicas, state = scaling(context(0.0, 2, busy=8))
@@ -113,17 +119,9 @@ def test_pools_of_an_application_are_decided_together_and_others_left_alone() ->
 
 
 def test_serve_takes_the_options_as_they_are_and_builds_the_policy_from_them() -> None:
-    app = SimpleNamespace(
-        model=SimpleNamespace(max_sequences=8),
-        min_replicas=0,
-        max_replicas=5,
-        objective=Objective(ttft_s=1.0),
-        capacity=pool().capacity,
-        cold_start_s=7.0,
-        zero_after_s=60.0,
-    )
+    one = pool(min_replicas=0, max_replicas=5, slots=8)
     with pytest.warns(DeprecationWarning, match="metrics_interval_s"):
-        taken = AutoscalingConfig(**autoscaling_options(app))
+        taken = AutoscalingConfig(**autoscaling_config(config(one), one))
     built = taken.policy.get_policy()(**taken.policy.policy_kwargs)
     assert built(context(0.0, 1, queued=50))[0] == 5
     assert (taken.min_replicas, taken.max_replicas, taken.upscale_delay_s, taken.downscale_delay_s) == (0, 5, 0, 0)
@@ -133,26 +131,6 @@ def test_serve_takes_the_options_as_they_are_and_builds_the_policy_from_them() -
 
 
 # --- a real deployment ----------------------------------------------------------------------------------------------
-
-
-class Sleeper:
-    """Holds each request for a second; counts as a model server does."""
-
-    def __init__(self) -> None:
-        self.stats = ReplicaStats(Objective())
-        self.running = self.tokens = 0
-
-    async def __call__(self) -> None:
-        self.stats.accepted(1)
-        self.running += 1
-        await asyncio.sleep(1.0)
-        self.running -= 1
-        self.tokens += 1
-        self.stats.finished(time.monotonic(), 0.1)
-
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        engine = EngineStats(self.running, 0, 0.0, self.stats.accepted_requests, self.tokens)
-        return self.stats.metrics(engine, time.monotonic())
 
 
 @pytest.fixture
@@ -207,3 +185,57 @@ def test_a_real_deployment_grows_within_two_seconds_of_a_burst_and_shrinks_witho
 
     until(shrunk, 180)
     assert seen == sorted(seen, reverse=True)
+
+
+@pytest.mark.ray
+def test_a_real_application_fills_its_cheap_pool_before_the_dear_one_starts(real_serve: None) -> None:
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    deployments = [{"name": one.name, "autoscaling_config": autoscaling_config(POOLS, one)} for one in POOLS.pools]
+    application = {
+        "name": "pools",
+        "import_path": "tests.serving.autoscaling.sleepers:application",
+        "route_prefix": None,
+        "autoscaling_policy": application_policy(POOLS),
+        "deployments": deployments,
+    }
+    _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]))  # what the REST call does
+
+    def states(name: str) -> dict[str, int]:
+        counted = serve.status().applications["pools"].deployments[name].replica_states
+        return {str(getattr(state, "value", state)): count for state, count in counted.items()}
+
+    until(lambda: serve.status().applications["pools"].status == "RUNNING", 110)
+    assert (states("cheap"), states("dear")) == ({"RUNNING": 1}, {})
+    handle = serve.get_app_handle("pools")
+    calls = [handle.remote() for _ in range(5)]  # one more than a replica's slots
+    until(lambda: states("cheap") == {"RUNNING": 2}, 110)
+    assert states("dear") == {}
+    calls += [handle.remote() for _ in range(60)]
+    until(lambda: states("dear").get("RUNNING", 0) >= 1, 110)
+    assert states("cheap") == {"RUNNING": 2}
+    for call in calls:
+        call.cancel()
+
+
+@pytest.mark.ray
+def test_a_real_deployment_grows_by_what_its_replicas_report_alone(real_serve: None) -> None:
+    from ray import serve
+
+    one = PoolConfig(name="reporter", max_replicas=3, slots=4, cold_start_s=2.0)
+    deployment = serve.deployment(Reporter).options(
+        name="reporter",
+        ray_actor_options={"num_cpus": 0.1},
+        autoscaling_config=autoscaling_config(ScalingConfig(pools=(one,)), one),
+    )
+    handle = serve.run(deployment.bind(), name="reports", route_prefix=None)
+
+    def replicas() -> int:
+        return sum(serve.status().applications["reports"].deployments["reporter"].replica_states.values())
+
+    handle.remote(0).result(timeout_s=60)
+    assert replicas() == 1
+    handle.remote(50).result(timeout_s=60)  # done at once: Serve itself sees no request
+    until(lambda: replicas() == 3, 60)

@@ -96,6 +96,15 @@ def test_the_first_piece_travels_at_once_and_close_ones_together() -> None:
     assert "".join(collected(spaced(*[0.001] * 50), 0.01)) == "".join(map(str, range(50))), "nothing is lost"
 
 
+def test_the_first_text_does_not_wait_behind_the_piece_that_says_the_call_is_accepted() -> None:
+    async def accepted_then_text() -> AsyncIterator[Piece]:
+        yield Piece(0, "")
+        async for piece in spaced(0.01, 0.01):
+            yield piece
+
+    assert collected(accepted_then_text(), 0.2) == ["", "0", "1"]
+
+
 def test_an_error_arrives_behind_the_pieces_before_it() -> None:
     async def failing() -> AsyncIterator[Piece]:
         yield Piece(0, "a")

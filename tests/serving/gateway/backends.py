@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from modelyard.errors import InputError, NotFoundError
-from modelyard.serving.protocol import Generation, Piece, ServedModel, TextLogprob, Usage
+from modelyard.serving.protocol import Generation, OnSite, Piece, ServedModel, TextLogprob, Usage
 
 WORDS = ("gear ", "belt ", "cam ", "rod ", "nut ", "axle ", "weld ", "shim ")
 CONTEXT_TOKENS = 2_000
@@ -39,6 +39,9 @@ class RuleBackend:
         self.generations: list[Generation] = []
         self.inputs: list[Any] = []
         self.site: str | None = None
+        """Where it says that it answered."""
+        self.asked_site: str | None = None
+        """The site that the last embedding or prediction asked for."""
         self.list = [
             served("tiny-gpt", features=("logprobs", "top_logprobs", "seed", "json_schema")),
             served("tiny-plain"),
@@ -90,18 +93,29 @@ class RuleBackend:
         finally:
             self.running -= 1
 
-    async def embed(self, model: str, texts: Sequence[str | Sequence[int]]) -> tuple[list[list[float]], Usage]:
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        site: str | None = None,
+        on_site: OnSite | None = None,
+    ) -> tuple[list[list[float]], Usage]:
         """Three numbers of unit length from each text's length."""
         async with _counted(self):
+            self._tell_site(site, on_site)
             self._known(model)
             self._raise_after(0)
             await asyncio.sleep(self.delay_s)
             angles = [float(len(text)) for text in texts]
             return [[math.cos(a), math.sin(a), 0.0] for a in angles], Usage(sum(len(t) for t in texts), 0)
 
-    async def predict(self, model: str, inputs: Sequence[Any]) -> list[Any]:
+    async def predict(
+        self, model: str, inputs: Sequence[Any], *, site: str | None = None, on_site: OnSite | None = None
+    ) -> list[Any]:
         """The mean of each picture."""
         async with _counted(self):
+            self._tell_site(site, on_site)
             self._known(model)
             self._raise_after(0)
             await asyncio.sleep(self.delay_s)
@@ -113,6 +127,11 @@ class RuleBackend:
             if not all(array.size for array in arrays):
                 raise InputError("an input is empty", "send numbers")
             return [{"label": int(a.mean()), "shape": list(a.shape), "score": np.float32(0.5)} for a in arrays]
+
+    def _tell_site(self, asked: str | None, on_site: OnSite | None) -> None:
+        self.asked_site = asked
+        if self.site is not None and on_site is not None:
+            on_site(self.site)
 
     def _known(self, model: str) -> None:
         if model not in [one.name for one in self.list]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import sqlite3
 import time
 
@@ -110,6 +111,23 @@ def test_the_home_of_a_key_goes_to_the_backend_and_its_answer_says_where_it_was(
     assert gateway.record_of(reply).site == "plant"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/embeddings", {"model": "minilm", "input": "a"}), ("/v1/predict/minilm", {"inputs": [[1, 2]]})],
+    ids=["embedding", "prediction"],
+)
+def test_embeddings_and_predictions_go_home_too_and_say_who_answered(
+    gateway: Running, backend: RuleBackend, keys: KeyStore, path: str, body: dict[str, object]
+) -> None:
+    key = keys.create(tenant="t", site="plant")
+    assert gateway.ask(path, body, key=key).headers["x-modelyard-site"] == "lab", "the gateway's own"
+    assert backend.asked_site == "plant"
+    backend.site = "mill"
+    reply = gateway.ask(path, body, key=key, X_Modelyard_Site="mill")
+    assert (backend.asked_site, reply.headers["x-modelyard-site"]) == ("mill", "mill")
+    assert gateway.record_of(reply).site == "mill"
+
+
 def test_requests_beyond_the_limit_are_refused_with_openais_headers(
     gateway: Running, backend: RuleBackend, keys: KeyStore
 ) -> None:
@@ -178,8 +196,11 @@ def test_tokens_of_an_identity_provider_count_as_keys(database: str) -> None:
             assert (record.subject, record.tenant) == (f"oidc:{provider.url}#ada", "vision")
             for bad in (provider.token(exp=past), provider.token(aud="x", exp=soon), token[:-4] + "AAAA", "a.b.c"):
                 assert (chat(gateway, bad).status, chat(gateway, bad).code) == (401, "invalid_token")
+            none = base64.urlsafe_b64encode(b'{"alg":"none","kid":"one"}').decode().rstrip("=")
+            unsigned = f"{none}.{token.split('.')[1]}."
             other = provider.token(iss="https://elsewhere.example", exp=soon)
-            assert chat(gateway, other).status == 401
+            for forged in (unsigned, other):
+                assert (chat(gateway, forged).status, chat(gateway, forged).code) == (401, "invalid_token")
             provider.is_down = True
             assert chat(gateway, provider.token({"kid": "new"}, exp=soon)).status in (401, 503)
     finally:

@@ -17,6 +17,7 @@ from tests.serving.gateway.backends import RuleBackend, answer_to
 from tests.serving.gateway.running import Running, running, wait_until
 from tests.serving.gateway.test_predict import picture
 
+from modelyard.errors import InputError
 from modelyard.security import KeyStore
 from modelyard.serving.gateway import GatewaySettings
 
@@ -128,6 +129,38 @@ def test_errors_are_told_on_the_page(page: Page, keys: KeyStore) -> None:
         expect(page.get_by_role("status")).to_have_text(re.compile("tokens in|requests per minute"))
     expect(page.get_by_role("status")).to_contain_text("limit 1")
     expect(page.locator(".turns li.assistant")).to_have_count(1)
+
+
+def test_a_question_that_got_no_answer_comes_back_to_be_sent_again(page: Page, key: str, backend: RuleBackend) -> None:
+    connect(page, key)
+    page.get_by_label("Model", exact=True).select_option("tiny-gpt")
+    backend.error = InputError("the prompt is too long", "shorten it")
+    page.get_by_label("Message", exact=True).fill("hello")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("status")).to_contain_text("the prompt is too long")
+    backend.error = None
+    expect(page.locator(".turns li")).to_have_count(0)
+    expect(page.get_by_label("Message", exact=True)).to_have_value("hello")
+
+
+def test_the_message_field_and_the_outcome_stay_in_view_of_a_long_answer(page: Page, key: str) -> None:
+    connect(page, key)
+    page.get_by_label("Model", exact=True).select_option("tiny-gpt")
+    page.set_viewport_size({"width": 390, "height": 600})
+    page.get_by_label("Message", exact=True).fill("at length")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("status")).to_contain_text("256 tokens")
+    assert page.evaluate("document.documentElement.scrollHeight") > 900
+    expect(page.get_by_role("status")).to_be_in_viewport()
+    expect(page.get_by_role("button", name="Send")).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollHeight - scrollY - innerHeight") < 5, "it followed the text"
+
+
+def test_a_model_that_makes_no_text_offers_no_chat(page: Page, key: str) -> None:
+    connect(page, key)
+    page.get_by_label("Model", exact=True).select_option("minilm")
+    expect(page.get_by_label("Message", exact=True)).to_be_hidden()
+    expect(page.get_by_text("This model answers through the API alone.")).to_be_visible()
 
 
 def test_text_of_a_model_is_never_markup(page: Page, key: str, backend: RuleBackend) -> None:

@@ -128,7 +128,7 @@ from modelyard.serving.gateway import GatewaySettings, create_app
 from modelyard.serving.gateway.server import server
 from tests.serving.gateway.backends import RuleBackend
 class Failing(RuleBackend):
-    async def embed(self, model, texts):
+    async def embed(self, model, texts, **options):
         raise RuntimeError(f"cannot embed {texts}")
 serving = server(create_app(Failing(), GatewaySettings(database=sys.argv[1], max_body_bytes=200_000)), port=0)
 async def main():

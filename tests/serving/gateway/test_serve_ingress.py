@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -57,9 +60,22 @@ def test_the_client_gets_whole_and_streamed_answers_and_errors(gateway: Running,
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("none")
     assert gateway.ask("/v1/models").status == 401
-    assert gateway.ask("/v1/models", key=key, x_request_id="mine").headers["x-request-id"] == "mine"
     assert gateway.ask("/v1/chat/completions", b"x" * 2**21, key=key).status == 413
     assert gateway.ask("/").status == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("mine", r"mine"), (None, r"[0-9a-f-]{32,36}"), ("not one", r"not one, [0-9a-f]{32}")]
+)
+def test_the_request_id_comes_back_once_though_the_proxy_sends_it_too(
+    gateway: Running, key: str, given: str | None, expected: str
+) -> None:
+    """Only an id that the gateway cannot use comes back beside the one that it used."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=20)) as connection:
+        headers = {"authorization": f"Bearer {key}"} | ({"x-request-id": given} if given else {})
+        connection.request("GET", "/v1/models", headers=headers)
+        found = sorted(connection.getresponse().msg.get_all("x-request-id"), key=lambda value: value != given)
+    assert re.fullmatch(expected, ", ".join(found))
 
 
 def test_a_caller_who_leaves_cancels_the_work(gateway: Running, keys: KeyStore) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from modelyard.serving.autoscaling.model import ScalingConfig, Snapshot
@@ -15,21 +16,32 @@ from modelyard.serving.autoscaling.policy import LatencyPolicy
 
 
 class Ours:
-    """`LatencyPolicy`, once a second."""
+    """`LatencyPolicy`, once a second, on what was known a second before: inside Serve it hears of requests and replicas
+    that much later.
+    """
 
-    def __init__(self, config: ScalingConfig, period_s: float = 1.0) -> None:
+    period_s = 1.0
+    reads_reports = True
+
+    def __init__(self, config: ScalingConfig) -> None:
         self.policy = LatencyPolicy(config)
-        self.period_s = period_s
+        self.before: Snapshot | None = None
 
     def decide(self, snapshot: Snapshot) -> dict[str, int]:
         """Replicas for each pool."""
-        return self.policy.decide(snapshot).replicas
+        before, self.before = self.before, snapshot
+        if before is None:
+            return {pool.name: pool.target for pool in snapshot.pools}
+        known = zip(before.pools, snapshot.pools, strict=True)
+        pools = tuple(replace(now, reports=then.reports) for then, now in known)
+        return self.policy.decide(replace(before, now_s=snapshot.now_s, pools=pools)).replicas
 
 
 class Fixed:
     """Always as many."""
 
     period_s = 60.0
+    reads_reports = False
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
@@ -43,6 +55,7 @@ class Planned:
     """A fleet planned beforehand for each second, started one cold start ahead."""
 
     period_s = 1.0
+    reads_reports = False
 
     def __init__(self, replicas: Sequence[int], pool: str, cold_start_s: float) -> None:
         self.replicas, self.pool, self.ahead = replicas, pool, math.ceil(cold_start_s)
@@ -60,6 +73,8 @@ class ServeDefault:
     every `metrics_interval_s`; the controller averages what it was sent over the look-back, the last sample holding
     until now, and decides every 0.1 s (`CONTROL_LOOP_INTERVAL_S`).
     """
+
+    reads_reports = False
 
     def __init__(self, min_replicas: int, max_replicas: int, **settings: Any) -> None:
         from ray.serve import autoscaling_policy
@@ -135,6 +150,7 @@ class QueueScaler:
     """
 
     period_s = 15.0
+    reads_reports = False
     poll_s = 30.0
     window_s = 300.0
 

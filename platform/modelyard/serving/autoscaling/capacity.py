@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,21 +66,23 @@ def wait_exceeds(servers: int, load: float, work_s: float, dispersion: float, li
     return erlang_c(servers, load) * math.exp(-rate * max(0.0, limit_s))
 
 
-def replicas_for(capacity: Capacity, slots: int, mix: Mix, objective: Objective, load: float) -> int:
-    """Least whole number of replicas that keeps the objective at this load (replica-seconds of work per second)."""
+def replicas_for(capacity: Capacity, slots: int, mix: Mix, objective: Objective, load: float, most: int) -> int:
+    """Least whole number of replicas that keeps the objective at this load (replica-seconds of work per second), at
+    most `most`. By bisection: more replicas are never worse.
+    """
     if load <= 0:
         return 0
     work_s = max(request_work_s(capacity, slots, mix.prompt_tokens, mix.output_tokens), 1e-9)
     slack_s = objective.ttft_limit_s(mix.prompt_tokens) - mix.prompt_tokens * capacity.prompt_token_s
-    count = max(1, math.ceil(load))
-    while count < 100_000:
-        late = wait_exceeds(count, load, work_s, mix.dispersion, slack_s)
-        token_s = seconds_per_token(capacity, mix, load / work_s / count)
-        is_alone = seconds_per_token(capacity, mix, 0.0) > objective.token_s  # no fleet would help
-        if late <= 1 - objective.percentile and (is_alone or token_s <= objective.token_s):
-            return count
-        count += 1
-    return count
+    is_alone_slow = seconds_per_token(capacity, mix, 0.0) > objective.token_s  # no fleet would help
+
+    def keeps(count: int) -> bool:
+        if wait_exceeds(count, load, work_s, mix.dispersion, slack_s) > 1 - objective.percentile:
+            return False
+        return is_alone_slow or seconds_per_token(capacity, mix, load / work_s / count) <= objective.token_s
+
+    low = max(1, math.ceil(min(load, most)))
+    return bisect_left(range(low, most), True, key=keeps) + low
 
 
 class CapacityLearner:
@@ -90,9 +93,11 @@ class CapacityLearner:
     """
 
     forgetting = 0.999
+    """A memory of a thousand intervals: the machine does not change, its neighbours do."""
     noise = 0.1
     """Variance of an interval's seconds over their square: the batch is known at its ends only."""
     min_interval_s = 5.0
+    """Some dozen steps, so that what is half done at the ends weighs little."""
 
     def __init__(self, prior: Capacity) -> None:
         self.scale = np.array([prior.prompt_token_s, prior.step_s, prior.sequence_s]) + 1e-9

@@ -29,7 +29,7 @@ def lower_bound(
     model: ReplicaModel,
     objective: Objective,
     *,
-    initial: int,
+    initial: int | None,
     min_replicas: int,
     missed_share: float = 0.0,
     bin_s: float = 1.0,
@@ -40,7 +40,8 @@ def lower_bound(
     their batches were always full, any replica may do any part of any request, each prompt only has to be read by the
     limit for its first token, and answers by the latest time at which their mean pace still holds. The work that may be
     late at any moment is that of the heaviest requests that may be missed. A replica is paid from the decision on and
-    works after its cold start; in the first seconds there are the `initial` ones. Work whose limit is after the last
+    works after its cold start; at the start there are the `initial` ones, or as many as
+    it likes with None. Work whose limit is after the last
     arrival need not be done.
 
     Raises:
@@ -79,7 +80,7 @@ def lower_bound(
         sparse.hstack([difference, -sparse.eye(bins, k=-lead, format="csr"), none]),  # none works that was not started
     ]
     limits = np.zeros(2 * bins)
-    limits[bins] = initial
+    limits[bins] = 1e9 if initial is None else initial
     paid = bin_s / 3600
     cost = np.concatenate([np.full(bins, paid), np.minimum(np.arange(bins, 0, -1), lead) * paid, np.zeros(bins)])
     replicas = [(min_replicas, None)] * bins + [(0, None)] * bins

@@ -7,13 +7,14 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-import numpy as np
-
 BIN_S = 10.0
 """Width of the bins that are forecast, seconds."""
 _BANK = tuple((level, trend) for level in (0.05, 0.1, 0.2, 0.4) for trend in (0.0, 0.02, 0.1))
+"""Weights of level and trend: memories of 200 down to 25 s, trends of none to 100 s. The data choose among them."""
 _DAMPING = 0.98
+"""Of the trend, for each bin: the upper end of what is usual (Hyndman & Athanasopoulos 2021: 0.8 to 0.98)."""
 _DISCOUNT = 0.98
+"""Of an error, for each bin: the last eight minutes decide which smoother speaks."""
 _SLOTS = 96
 """Points of the cycle, a quarter of an hour apart on a day."""
 
@@ -128,153 +129,40 @@ class Forecast:
         return math.sqrt(max(best.error - self.noise, least)) * self.factor(now_s + ahead_s)
 
 
-class Peaks:
-    """The fleet that the swings of the last half hour call for, without a model of them.
-
-    A queueing formula knows nothing of bursts that come in rows. So the past is played through with fleets that were a
-    multiple of the demand's level, as known one cold start earlier: which multiple would have kept all but a share of
-    the work from waiting too long? A level of short memory follows ramps, one of long memory bridges the quiet between
-    bursts; the one with the smallest fleet speaks.
-    """
-
-    cell_s = 4.0
-    history_s = 1800.0
-    memories_s = np.array([60.0, 180.0, 600.0, 1800.0])
-    least_s = 120.0
-    """Before so much history there is no answer."""
-    multiples = np.geomspace(1.0, 30.0, 60)
-
-    def __init__(self, horizon_s: float) -> None:
-        count = int(self.history_s / self.cell_s)
-        self.loads: deque[float] = deque(maxlen=count)
-        self.known: deque[list[float]] = deque(maxlen=count)
-        """Of each cell, the levels that a fleet ready by then was started for."""
-        self.cells = 0
-        self.settled_s = self.memories_s[0] + horizon_s  # the levels before were of too little
-        self.coming = deque([[0.0] * len(self.memories_s)] * (1 + math.ceil(horizon_s / self.cell_s)))
-        self.sums = np.zeros(len(self.memories_s))
-        self.weights = np.zeros(len(self.memories_s))
-
-    def add(self, load: float) -> None:
-        """Mean load of a cell."""
-        keep = np.exp(-self.cell_s / self.memories_s)
-        self.cells += 1
-        known = self.coming.popleft()
-        if self.cells * self.cell_s > self.settled_s:
-            self.loads.append(load)
-            self.known.append(known)
-        self.sums = keep * self.sums + (1 - keep) * load
-        self.weights = keep * self.weights + (1 - keep)
-        self.coming.append(self.levels.tolist())
-
-    @property
-    def levels(self) -> np.ndarray:
-        """Averages that forget, one for each memory."""
-        return self.sums / np.maximum(self.weights, 1e-9)
-
-    def fleet(self, wait_s: float, share: float) -> tuple[float, int]:
-        """Least multiple with which at most 1 - `share` of the work would have waited longer, and of which level."""
-        if len(self.loads) * self.cell_s < self.least_s:
-            return 0.0, 0
-        known = np.array(self.known)
-        fleets = known[:, :, None] * self.multiples
-        backlog, late = np.zeros((2, *fleets.shape[1:]))
-        for load, fleet in zip(self.loads, fleets, strict=True):
-            late += load * (backlog > fleet * wait_s)
-            backlog = np.maximum(0.0, backlog + (load - fleet) * self.cell_s)
-        enough = late <= (1 - share) * sum(self.loads)
-        enough[:, -1] = True
-        least = self.multiples[np.argmax(enough, axis=1)]
-        chosen = int(np.argmin(least * known.mean(axis=0) + np.where(enough[:, :-1].any(axis=1), 0.0, np.inf)))
-        return float(least[chosen]), chosen
-
-
 class Demand:
     """Work that arrives, in seconds of a replica per second, from counts at each tick."""
 
-    windows_s = (2.0, 5.0, 10.0, 20.0, 40.0)
-    memory_s = 3600.0
-    """Of how bursts last."""
-
     def __init__(self, horizon_s: float, season_s: float | None) -> None:
         self.forecast = Forecast(horizon_s, season_s)
-        self.peaks = Peaks(horizon_s)
-        self.ticks: deque[tuple[float, float, float]] = deque()
-        """When, work and requests."""
         self.start_s: float | None = None
-        self.bin_end_s = self.cell_end_s = 0.0
-        self.bin_work = self.cell_work = 0.0
-        self.bursts: deque[tuple[float, float]] = deque()
-        """When, and how far above the level."""
-        self.horizon_s = horizon_s
-        self.lasted, self.seen = 20.0, 20.0
-        """What was left of bursts after the horizon, and bursts, squares in levels; one of a few seconds to begin."""
+        self.bin_end_s = 0.0
+        self.bin_work = 0.0
 
-    def add(self, now_s: float, work_s: float, requests: float) -> None:
+    def add(self, now_s: float, work_s: float) -> None:
         """What arrived since the last call."""
         if self.start_s is None:
-            self.start_s, self.bin_end_s, self.cell_end_s = now_s, now_s + BIN_S, now_s + Peaks.cell_s
-        while now_s >= self.cell_end_s:
-            self._end_cell()
+            self.start_s, self.bin_end_s = now_s, now_s + BIN_S
         while now_s >= self.bin_end_s:
             self.forecast.add(self.bin_end_s, self.bin_work / BIN_S)
             self.bin_end_s, self.bin_work = self.bin_end_s + BIN_S, 0.0
         self.bin_work += work_s
-        self.cell_work += work_s
-        if requests > 0:
-            self.ticks.append((now_s, work_s, requests))
-        while self.ticks and self.ticks[0][0] <= now_s - self.windows_s[-1]:
-            self.ticks.popleft()
-
-    def _end_cell(self) -> None:
-        load, level = self.cell_work / Peaks.cell_s, float(self.peaks.levels[2])
-        if level > 0:
-            keep = math.exp(-Peaks.cell_s / self.memory_s)
-            while self.bursts and self.bursts[0][0] <= self.cell_end_s - self.horizon_s:
-                height = self.bursts.popleft()[1]
-                self.lasted = keep * self.lasted + height * max(0.0, min(height, load / level - 1))
-                self.seen = keep * self.seen + height * height
-            height = self.burst(self.cell_end_s) / level - 1
-            if height > 0:
-                self.bursts.append((self.cell_end_s, height))
-        self.peaks.add(load)
-        self.cell_end_s, self.cell_work = self.cell_end_s + Peaks.cell_s, 0.0
-
-    @property
-    def persistence(self) -> float:
-        """Share of a burst that is left, on average, when a replica started for it is ready."""
-        return self.lasted / self.seen
-
-    def burst(self, now_s: float) -> float:
-        """The load that is there for sure: the largest of the last seconds' means, each less two standard errors.
-
-        Rises at the tick of a burst and not by the noise of a steady load. The error is reckoned from the number of
-        requests, sqrt(2 / n) for Poisson arrivals of exponential work, so that more work never counts for less.
-        """
-        highest, work, requests = 0.0, 0.0, 0.0
-        waiting = list(self.ticks)
-        for window_s in self.windows_s:
-            while waiting and waiting[-1][0] > now_s - window_s:
-                _, more, count = waiting.pop()
-                work, requests = work + more, requests + count
-            if requests > 0:
-                highest = max(highest, work / window_s * (1 - 2 * math.sqrt(2 / requests)))
-        return highest
 
     def expected(self, now_s: float, ahead_s: float, share: float) -> float:
-        """What must be reckoned with from now to then: the level that is not exceeded with a probability of `share` by
-        the forecast, or what bursts like the present one leave over when a replica is ready.
+        """What must be reckoned with from now to then: the larger of the forecasts for both, and what the error of the
+        later one does not exceed with a probability of `share`. In the first bin, what came so far over all of it.
         """
         if self.forecast.bins == 0:
-            return self.burst(now_s)
-        now = self.forecast.at(now_s, 0.0)
-        level = max(now, self.forecast.at(now_s, ahead_s))
-        surplus = max(0.0, self.burst(now_s) - now)
+            return self.bin_work / BIN_S
+        level = max(self.forecast.at(now_s, 0.0), self.forecast.at(now_s, ahead_s))
         error = NormalDist().inv_cdf(share) * self.forecast.level_error(now_s, ahead_s)
-        return max(0.0, level + max(error, surplus * self.persistence))
+        return max(0.0, level + error)
 
     def dispersion(self, work_s: float) -> float:
-        """Variance of the arriving work over its mean and one request's work; 2 until there is history."""
+        """Variance of the arriving work over its mean and one request's work; 2 until there is history.
+
+        2 is Poisson arrivals of exponential work. Within 1 (no less is believed of ten-second bins) and 4: what swings
+        more is no noise around a level, and the backlog and the hold answer it.
+        """
         level = self.forecast.best.level
         if self.forecast.bins < 6 or level <= 0 or work_s <= 0:
             return 2.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from modelyard.serving.autoscaling.capacity import (
     CapacityLearner,
@@ -19,18 +21,22 @@ _LEARNED = 30
 """Intervals after which the learned capacity is trusted."""
 _FILL = 0.8
 """Share of the slots to fill while nothing is known but slots."""
+_LEAST_SLACK_S = 0.5
+"""Where the objective leaves no time to wait: a backlog cannot be cleared in none."""
 
 
 class Averages:
     """The average request, from sums that forget."""
 
     memory_s = 600.0
+    """Some thousand requests at a few a second: lengths are heavy-tailed."""
 
     def __init__(self) -> None:
         self.requests, self.prompt = 1e-3, 0.5
         self.finished, self.generated = 0.1, 0.1  # a token each until there are answers: too few, so slots count first
         self.running = 0.0
         self.last: dict[str, tuple[float, float]] = {}
+        """Of all replicas that ever were: one whose report is late is not new when it is back."""
 
     def fade(self, seconds: float) -> None:
         """Time passes."""
@@ -57,6 +63,51 @@ class Averages:
         return max(1.0, self.generated / (self.finished + self.running / 2))  # those that run gave half, about
 
 
+class Hold:
+    """The largest fleet that was needed of late."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.start_s: float | None = None
+        self.needed: deque[tuple[float, float]] = deque()
+        """When, and the fleet needed then; only falling values."""
+
+    def most(self, now_s: float, need: float, current: float) -> float:
+        """Within the hold, now included; before so much time was seen, no less than `current`."""
+        self.start_s = now_s if self.start_s is None else self.start_s
+        while self.needed and self.needed[-1][1] <= need:
+            self.needed.pop()
+        self.needed.append((now_s, need))
+        while self.needed[0][0] < now_s - self.seconds:
+            self.needed.popleft()
+        most = self.needed[0][1]
+        return most if now_s - self.start_s >= self.seconds else max(most, current)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What is known at a decision. Work and fleets are in replicas of the first pool, as learned."""
+
+    snapshot: Snapshot
+    states: dict[str, PoolState]
+    speeds: dict[str, float]
+    """Of a replica of each pool."""
+    capacity: Capacity
+    mix: Mix
+    work_s: float
+    """Of the average request."""
+    ahead_s: float
+    """Cold start of the pool that grows next."""
+    slack_s: float
+    """What a request may wait before its prompt is read."""
+    load: float
+    """Expected until a replica started now is ready."""
+
+    def fleet(self, count: Callable[[PoolState], int]) -> float:
+        """Sum over the pools."""
+        return sum(count(self.states[name]) * speed for name, speed in self.speeds.items())
+
+
 class LatencyPolicy:
     """Decides how many replicas each pool has; call `decide` every second or more often, in the order of time.
 
@@ -72,73 +123,86 @@ class LatencyPolicy:
         slowest = max(pool.cold_start_s for pool in config.pools)
         self.demand = Demand(slowest, config.season_s)
         self.averages = Averages()
-        self.held: deque[tuple[float, float]] = deque()
-        """When, and how many replicas were needed then with the margin; only falling values."""
-        self.standing_at_s = -math.inf
-        self.multiple = (0.0, 0)
-        """By `Peaks.fleet`, found at `standing_at_s` - 20 s."""
-        self.start_s: float | None = None
-        self.last_s = 0.0
+        self.hold = Hold(config.hold_window_s)
+        self.last_s: float | None = None
         self.last_request_s = 0.0
         self.strain = 1.0
         """How much more the observed latency asks for than the model."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """The fleet that is needed now."""
-        states = {state.name: state for state in snapshot.pools}
         self._take_in(snapshot)
-        first = self.pools[0]
-        capacity = self.learners[first.name].capacity
-        prompt, output = self.averages.prompt_tokens, self.averages.output_tokens
-        work_s = max(1e-9, request_work_s(capacity, first.slots, prompt, output))
-        unit = work_s / max(1e-9, request_work_s(first.capacity, first.slots, prompt, output))
-        mix = Mix(prompt, output, self.demand.dispersion(work_s / unit))
-        speeds = {pool.name: self._speed(pool, work_s, prompt, output) for pool in self.pools}
-        ahead_s = self._next_pool(states).cold_start_s
-        ready = sum(states[pool.name].running * speeds[pool.name] for pool in self.pools)
-        starting = sum(states[pool.name].starting * speeds[pool.name] for pool in self.pools)
-
-        slack_s = max(0.5, self.config.objective.ttft_limit_s(prompt) - prompt * capacity.prompt_token_s)
-        load = self.demand.expected(snapshot.now_s, ahead_s, self.config.objective.percentile) * unit * self.strain
-        standing = self._standing(snapshot.now_s, slack_s) * unit * self.strain
-
-        def enough(more: float) -> float:
-            modelled = replicas_for(capacity, first.slots, mix, self.config.objective, load * more)
-            return max(modelled, math.ceil(standing * more))
-
-        steady = enough(1.0)
-        backlog = self._backlog(snapshot, capacity, first.slots, work_s)
-        left = max(0.0, backlog + (load - ready - starting / 2) * ahead_s)  # when a replica started now is ready
-        drain = (load + left / slack_s) / 1.5 if left > 0 else 0.0  # so that the last of it waits half the slack
-        need = max(steady, math.ceil(drain - 1e-9), self._slots_needed(snapshot), int(self._is_wanted(snapshot)))
-        current = sum(states[pool.name].target * speeds[pool.name] for pool in self.pools)
-        held = self._hold(snapshot.now_s, max(need, enough(1 + self.config.margin)), current)
-        wanted = max(float(need), min(current, held)) if self._is_wanted(snapshot) else 0.0
-        replicas = self._share(wanted, states, speeds)
+        now = self._moment(snapshot)
+        steady, backlog = self._steady(now, 1.0), self._backlog(now)
+        drain = self._drain(now, backlog)
+        is_wanted = snapshot.now_s - self.last_request_s < self.config.zero_after_s
+        need = max(steady, math.ceil(drain - 1e-9), self._slots_needed(snapshot), int(is_wanted))
+        roomy = max(need, self._steady(now, 1 + self.config.margin))
+        current = now.fleet(lambda state: state.target)
+        held = self.hold.most(snapshot.now_s, float(roomy), current)
+        wanted = max(float(need), min(current, held)) if is_wanted else 0.0
+        replicas = self._share(wanted, now)
         figures = {
-            "load": load,
+            "load": now.load,
             "steady": float(steady),
             "drain": drain,
-            "standing": standing,
-            "persistence": self.demand.persistence,
             "held": held,
             "wanted": wanted,
             "backlog_s": backlog,
-            "work_s": work_s,
-            "dispersion": mix.dispersion,
+            "work_s": now.work_s,
+            "dispersion": now.mix.dispersion,
             "strain": self.strain,
         }
-        return Decision(replicas, self._reason(figures, replicas, states, ahead_s), figures)
+        return Decision(replicas, self._reason(figures, replicas, now), figures)
+
+    def _moment(self, snapshot: Snapshot) -> _Moment:
+        first, states = self.pools[0], {state.name: state for state in snapshot.pools}
+        capacity, objective = self.learners[first.name].capacity, self.config.objective
+        prompt, output = self.averages.prompt_tokens, self.averages.output_tokens
+        work_s = max(1e-9, request_work_s(capacity, first.slots, prompt, output))
+        configured_s = max(1e-9, request_work_s(first.capacity, first.slots, prompt, output))
+        growing = (pool for pool in self.pools if states[pool.name].target < pool.max_replicas)
+        ahead_s = next(growing, self.pools[-1]).cold_start_s
+        expected = self.demand.expected(snapshot.now_s, ahead_s, objective.percentile)
+        return _Moment(
+            snapshot=snapshot,
+            states=states,
+            speeds={pool.name: self._speed(pool, work_s, prompt, output) for pool in self.pools},
+            capacity=capacity,
+            mix=Mix(prompt, output, self.demand.dispersion(configured_s)),
+            work_s=work_s,
+            ahead_s=ahead_s,
+            slack_s=max(_LEAST_SLACK_S, objective.ttft_limit_s(prompt) - prompt * capacity.prompt_token_s),
+            load=expected * work_s / configured_s * self.strain,
+        )
 
     # --- what is known ------------------------------------------------------------------------------------------
 
     def _take_in(self, snapshot: Snapshot) -> None:
         now_s = snapshot.now_s
-        if self.start_s is None:
-            self.start_s = self.last_s = self.last_request_s = now_s
+        if self.last_s is None:
+            self.last_s = self.last_request_s = now_s
         elapsed_s = max(0.0, now_s - self.last_s)
         self.last_s = now_s
         self.averages.fade(elapsed_s)
+        self._hear(snapshot)
+        requests, prompt = snapshot.arrived_requests, snapshot.arrived_prompt_tokens
+        if prompt is None:
+            prompt = requests * self.averages.prompt_tokens
+        elif requests > 0:
+            self.averages.requests += requests
+            self.averages.prompt += prompt
+        first, output = self.pools[0], self.averages.output_tokens
+        self.demand.add(
+            now_s,
+            prompt * first.capacity.prompt_token_s + requests * output * decode_work_s(first.capacity, first.slots),
+        )
+        if self._in_system(snapshot) > 0 or requests > 0:
+            self.last_request_s = now_s
+        self._feel(snapshot, elapsed_s)
+
+    def _hear(self, snapshot: Snapshot) -> None:
+        """The replicas' reports."""
         alive: set[str] = set()
         for state in snapshot.pools:
             for report in state.reports:
@@ -148,24 +212,13 @@ class LatencyPolicy:
         self.averages.running = sum(one.running for state in snapshot.pools for one in state.reports)
         for learner in self.learners.values():
             learner.forget(alive)
-        self.averages.last = {name: value for name, value in self.averages.last.items() if name in alive}
-        requests = snapshot.arrived_requests
-        prompt = snapshot.arrived_prompt_tokens
-        if prompt is None:
-            prompt = requests * self.averages.prompt_tokens
-        elif requests > 0:
-            self.averages.requests += requests
-            self.averages.prompt += prompt
-        first = self.pools[0]
-        output_s = self.averages.output_tokens * decode_work_s(first.capacity, first.slots)
-        work_s = prompt * first.capacity.prompt_token_s + requests * output_s
-        self.demand.add(now_s, work_s, requests)
-        if self._in_system(snapshot) > 0 or requests > 0:
-            self.last_request_s = now_s
-        self._feel(snapshot, elapsed_s)
 
     def _feel(self, snapshot: Snapshot, elapsed_s: float) -> None:
-        """Slow integral control: the model is told to expect more where callers wait although it says they do not."""
+        """Slow integral control: the model is told to expect more where callers wait although it says they do not.
+
+        By a fifth in three minutes, since a cold start lies between a change and its effect, back at half that speed,
+        and by half at most: what is further off is a wrong capacity, which the learner corrects.
+        """
         ratios = [ratio for ratio in (snapshot.ttft_over_limit, snapshot.token_over_limit) if ratio is not None]
         if not ratios or any(state.starting for state in snapshot.pools):
             return
@@ -180,38 +233,33 @@ class LatencyPolicy:
             running = sum(one.running + one.waiting for state in snapshot.pools for one in state.reports)
         return running + snapshot.queued_requests
 
-    def _is_wanted(self, snapshot: Snapshot) -> bool:
-        """Whether somebody asked lately."""
-        return snapshot.now_s - self.last_request_s < self.config.zero_after_s
-
     def _speed(self, pool: PoolConfig, work_s: float, prompt: float, output: float) -> float:
         """Of one replica, in replicas of the first pool."""
         own_s = request_work_s(self.learners[pool.name].capacity, pool.slots, prompt, output)
         return work_s / max(1e-9, own_s)
 
-    def _next_pool(self, states: dict[str, PoolState]) -> PoolConfig:
-        """Where the next replica would start."""
-        free = (pool for pool in self.pools if states[pool.name].target < pool.max_replicas)
-        return next(free, self.pools[-1])
-
     # --- what is needed -----------------------------------------------------------------------------------------
 
-    def _backlog(self, snapshot: Snapshot, capacity: Capacity, slots: int, work_s: float) -> float:
-        """Replica-seconds of work that waits for its first token."""
-        waiting = sum(one.waiting for state in snapshot.pools for one in state.reports)
-        count = waiting + snapshot.queued_requests
-        if snapshot.queued_prompt_tokens is None:
-            return count * work_s
-        output_s = self.averages.output_tokens * decode_work_s(capacity, slots)
-        return snapshot.queued_prompt_tokens * capacity.prompt_token_s + count * output_s
+    def _steady(self, now: _Moment, more: float) -> int:
+        """Fleet that keeps the objective at the expected load times `more`."""
+        most = 1 + math.ceil(sum(pool.max_replicas * now.speeds[pool.name] for pool in self.pools))
+        return replicas_for(now.capacity, self.pools[0].slots, now.mix, self.config.objective, now.load * more, most)
 
-    def _standing(self, now_s: float, slack_s: float) -> float:
-        """Fleet that the swings of the last half hour call for, in configured replicas; found anew every 20 s."""
-        if now_s >= self.standing_at_s:
-            self.standing_at_s = now_s + 20.0
-            self.multiple = self.demand.peaks.fleet(slack_s, self.config.objective.percentile)
-        multiple, level = self.multiple
-        return multiple * float(self.demand.peaks.levels[level])
+    def _backlog(self, now: _Moment) -> float:
+        """Replica-seconds of work that waits for its first token."""
+        waiting = sum(one.waiting for state in now.states.values() for one in state.reports)
+        count = waiting + now.snapshot.queued_requests
+        if now.snapshot.queued_prompt_tokens is None:
+            return count * now.work_s
+        output_s = now.mix.output_tokens * decode_work_s(now.capacity, self.pools[0].slots)
+        return now.snapshot.queued_prompt_tokens * now.capacity.prompt_token_s + count * output_s
+
+    def _drain(self, now: _Moment, backlog: float) -> float:
+        """Fleet behind whose backlog nobody waits too long (backlog / fleet, first come, first served), at the time
+        when a replica started now is ready; those that start already are taken to be ready half-way.
+        """
+        there = now.fleet(lambda state: state.running) + now.fleet(lambda state: state.starting) / 2
+        return max(0.0, backlog + (now.load - there) * now.ahead_s) / now.slack_s
 
     def _slots_needed(self, snapshot: Snapshot) -> int:
         """While the capacity of a replica is unknown, each request in the system needs a slot."""
@@ -220,24 +268,13 @@ class LatencyPolicy:
             return 0
         return math.ceil(self._in_system(snapshot) / (first.slots * _FILL) - 1e-9)
 
-    def _hold(self, now_s: float, need: float, current: float) -> float:
-        """Most replicas needed within the hold window; before so much time was seen, no fewer than there are."""
-        while self.held and self.held[-1][1] <= need:
-            self.held.pop()
-        self.held.append((now_s, need))
-        while self.held[0][0] < now_s - self.config.hold_window_s:
-            self.held.popleft()
-        assert self.start_s is not None
-        most = self.held[0][1]
-        return most if now_s - self.start_s >= self.config.hold_window_s else max(most, current)
-
-    def _share(self, wanted: float, states: dict[str, PoolState], speeds: dict[str, float]) -> dict[str, int]:
+    def _share(self, wanted: float, now: _Moment) -> dict[str, int]:
         """Spread over the pools, cheap ones first, within bounds and price; running streams keep their replicas."""
         budget = self.config.max_price_per_hour
         left = math.inf if budget is None else budget
         replicas = {pool.name: pool.min_replicas for pool in self.pools}
         left -= sum(pool.price_per_hour * pool.min_replicas for pool in self.pools)
-        open_need = wanted - sum(count * speeds[name] for name, count in replicas.items())
+        open_need = wanted - sum(count * now.speeds[name] for name, count in replicas.items())
 
         def grow(pool: PoolConfig, count: int) -> int:
             nonlocal left
@@ -249,18 +286,16 @@ class LatencyPolicy:
             return more
 
         for pool in self.pools:
-            open_need -= grow(pool, _streams_need(pool, states[pool.name])) * speeds[pool.name]
+            open_need -= grow(pool, _streams_need(pool, now.states[pool.name])) * now.speeds[pool.name]
         for pool in self.pools:
             if open_need > 1e-6:
-                more = math.ceil(open_need / speeds[pool.name] - 1e-6)
-                open_need -= grow(pool, replicas[pool.name] + more) * speeds[pool.name]
+                more = math.ceil(open_need / now.speeds[pool.name] - 1e-6)
+                open_need -= grow(pool, replicas[pool.name] + more) * now.speeds[pool.name]
         return replicas
 
-    def _reason(
-        self, figures: dict[str, float], replicas: dict[str, int], states: dict[str, PoolState], ahead_s: float
-    ) -> str:
-        total, before = sum(replicas.values()), sum(states[pool.name].target for pool in self.pools)
-        expected = f"{figures['load']:.2f} replicas of work expected within {ahead_s:g} s"
+    def _reason(self, figures: dict[str, float], replicas: dict[str, int], now: _Moment) -> str:
+        total, before = sum(replicas.values()), sum(state.target for state in now.states.values())
+        expected = f"{figures['load']:.2f} replicas of work expected within {now.ahead_s:g} s"
         if total == 0:
             return f"nobody asked for {self.config.zero_after_s:g} s"
         if figures["drain"] > figures["steady"]:
@@ -268,10 +303,10 @@ class LatencyPolicy:
                 f"{figures['backlog_s']:.1f} replica-seconds wait; {figures['drain']:.1f} replicas clear them in time"
             )
         elif figures["wanted"] > figures["steady"] and total == before:
-            text = f"{expected}; up to {figures['held']:g} were needed in the last {self.config.hold_window_s:g} s"
+            text = f"{expected}; up to {figures['held']:g} were needed in the last {self.hold.seconds:g} s"
         else:
             text = f"{expected}; {figures['steady']:g} keep the objective"
-        if total < figures["wanted"] - 1e-6 and all(states[pool.name].target >= 0 for pool in self.pools):
+        if total < figures["wanted"] - 1e-6:
             text += f"; {figures['wanted']:.1f} wanted, bounds or price allow {total}"
         return text
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +43,8 @@ class Controller(Protocol):
 
     period_s: float
     """Seconds between two decisions."""
+    reads_reports: bool
+    """Whether it looks at more than counts of replicas and requests."""
 
     def decide(self, snapshot: Snapshot) -> dict[str, int]:
         """Replicas for each pool."""
@@ -83,7 +85,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A replay's figures."""
+    """A replay's figures, of the time that counts."""
 
     served: tuple[Served, ...]
     replica_hours: float
@@ -200,7 +202,7 @@ class _Replica:
 
 
 class Replay:
-    """One trace through one controller."""
+    """One trace through one controller. What happens before `from_s` runs and does not count."""
 
     def __init__(
         self,
@@ -209,7 +211,9 @@ class Replay:
         models: dict[str, ReplicaModel],
         initial: dict[str, int],
         objective: Objective,
+        from_s: float = 0.0,
     ) -> None:
+        self.from_s = from_s
         self.trace, self.controller, self.models = trace, controller, models
         self.objective = objective
         self.fleet: dict[str, list[_Replica]] = {name: [] for name in models}
@@ -253,7 +257,7 @@ class Replay:
         for replica in [one for fleet in self.fleet.values() for one in fleet]:
             self._end(replica, end_s)
         return Outcome(
-            served=tuple(everyone),
+            served=tuple(one for one in everyone if one.request.arrival_s >= self.from_s),
             replica_hours=sum(self.paid_s.values()) / 3600,
             price=sum(paid / 3600 * self.models[name].price_per_hour for name, paid in self.paid_s.items()),
             changes=self.changes,
@@ -277,7 +281,7 @@ class Replay:
     def _end(self, replica: _Replica, now_s: float) -> None:
         replica.version += 1
         until_s = min(now_s, self.trace.duration_s)
-        self.paid_s[replica.pool] += max(0.0, until_s - replica.start_s)
+        self.paid_s[replica.pool] += max(0.0, until_s - max(replica.start_s, self.from_s))
 
     def _event(self, now_s: float) -> None:
         _, _, version, replica = heapq.heappop(self.events)
@@ -327,9 +331,9 @@ class Replay:
             self._shrink(name, wanted[name], now_s)
             change = len(fleet) - before[name]
             if change:
-                self.changes += 1
+                self.changes += now_s >= self.from_s
                 sign = 1 if change > 0 else -1
-                self.reversals += self.direction.get(name, sign) != sign
+                self.reversals += now_s >= self.from_s and self.direction.get(name, sign) != sign
                 self.direction[name] = sign
                 self.targets.append((now_s, sum(len(one) for one in self.fleet.values())))
 
@@ -344,24 +348,32 @@ class Replay:
                 self._end(chosen, now_s)
 
     def _snapshot(self, now_s: float) -> Snapshot:
-        states, waiting_tokens, running = [], self.queued_tokens, 0
-        for name, fleet in self.fleet.items():
-            ready = [one for one in fleet if one.ready_s <= now_s]
-            for one in ready:
-                one.advance(now_s)
-                waiting_tokens += one.waiting_tokens
-                running += one.load
-            states.append(PoolState(name, len(ready), len(fleet), tuple(one.report(now_s) for one in ready)))
-        return Snapshot(
+        ready = {name: [one for one in fleet if one.ready_s <= now_s] for name, fleet in self.fleet.items()}
+        states = tuple(PoolState(name, len(ones), len(self.fleet[name])) for name, ones in ready.items())
+        counts = Snapshot(
             now_s=now_s,
-            pools=tuple(states),
+            pools=states,
             arrived_requests=self.arrived_requests,
             arrived_prompt_tokens=self.arrived_tokens,
             queued_requests=len(self.queue),
-            queued_prompt_tokens=waiting_tokens,
-            running_requests=running,
-            ttft_over_limit=_recent(self.first_ratios, now_s, self.objective.percentile),
-            token_over_limit=_recent(self.token_ratios, now_s, self.objective.percentile),
+            running_requests=sum(one.load for ones in ready.values() for one in ones),
+        )
+        return self._with_reports(counts, ready) if self.controller.reads_reports else counts
+
+    def _with_reports(self, counts: Snapshot, ready: dict[str, list[_Replica]]) -> Snapshot:
+        for one in (one for ones in ready.values() for one in ones):
+            one.advance(counts.now_s)
+        pools = (
+            replace(state, reports=tuple(one.report(counts.now_s) for one in ready[state.name]))
+            for state in counts.pools
+        )
+        return replace(
+            counts,
+            pools=tuple(pools),
+            queued_prompt_tokens=self.queued_tokens
+            + sum(one.waiting_tokens for ones in ready.values() for one in ones),
+            ttft_over_limit=_recent(self.first_ratios, counts.now_s, self.objective.percentile),
+            token_over_limit=_recent(self.token_ratios, counts.now_s, self.objective.percentile),
         )
 
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from modelyard.config import parse
 from modelyard.serving.autoscaling.model import (
-    Capacity,
     Decision,
     Objective,
     PoolConfig,
@@ -31,45 +30,11 @@ from modelyard.serving.protocol import EngineStats
 
 _LOG = logging.getLogger("ray.serve")
 _PUSH_S = 0.5
+"""Twice within the second after which a burst should be seen."""
 _LOOK_BACK_S = 1.0
+"""Serve wants it above the push interval; two pushes."""
 _RECENT_S = 60.0
-
-
-class _Model(Protocol):
-    @property
-    def max_sequences(self) -> int: ...
-
-
-class OneDeployment(Protocol):
-    """What an application says of a model that one deployment serves."""
-
-    @property
-    def model(self) -> _Model: ...
-    @property
-    def min_replicas(self) -> int: ...
-    @property
-    def max_replicas(self) -> int: ...
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def capacity(self) -> Capacity: ...
-    @property
-    def cold_start_s(self) -> float: ...
-    @property
-    def zero_after_s(self) -> float: ...
-
-
-def autoscaling_options(app: OneDeployment) -> dict[str, Any]:
-    """Serve's `autoscaling_config` of a model with one pool."""
-    pool = PoolConfig(
-        min_replicas=app.min_replicas,
-        max_replicas=app.max_replicas,
-        slots=app.model.max_sequences,
-        cold_start_s=app.cold_start_s,
-        capacity=app.capacity,
-    )
-    config = ScalingConfig(pools=(pool,), objective=app.objective, zero_after_s=app.zero_after_s)
-    return autoscaling_config(config, pool)
+"""Of latencies: a hundred requests for a percentile of 99 at two a second."""
 
 
 def autoscaling_config(config: ScalingConfig, pool: PoolConfig, initial_replicas: int | None = None) -> dict[str, Any]:
@@ -164,9 +129,11 @@ class Watch:
 
     def __init__(self) -> None:
         self.counters: dict[str, tuple[float, float]] = {}
-        """Requests and prompt tokens that a replica has accepted."""
-        self.gone = [0.0, 0.0]
-        """The same of replicas that are no more."""
+        """Requests and prompt tokens that a replica has accepted, of all that ever were: a report that is late is
+        missing for a while, and its replica must not seem new when it is back.
+        """
+        self.accepted = [0.0, 0.0]
+        """Their sums."""
         self.most = [0.0, 0.0]
         """Requests, accepted or queued, and tokens accepted, that were seen already."""
         self.ongoing = 0.0
@@ -217,15 +184,16 @@ class Watch:
         """New requests and their tokens. A request moves from the queue to a counter with some delay: the sum counts
         when it passes what it was at most.
         """
-        for replica_id in set(self.counters) - set(alive):
-            self.gone = [sum(pair) for pair in zip(self.gone, self.counters[replica_id], strict=True)]
         grown, self.ongoing = max(0.0, ongoing - self.ongoing), ongoing
-        if not alive and not self.counters and self.gone == [0.0, 0.0]:
+        if not alive and not self.counters:
             return grown, None  # no replica has ever reported: what the number in the system grew by, at least
-        self.counters = alive
-        now = [self.gone[0] + queued, self.gone[1]]
-        for requests, tokens in alive.values():
-            now = [now[0] + requests, now[1] + tokens]
+        for replica_id, seen in alive.items():
+            before = self.counters.get(replica_id, (0.0, 0.0))
+            self.counters[replica_id] = (max(before[0], seen[0]), max(before[1], seen[1]))
+            self.accepted = [
+                total + max(0.0, new - old) for total, new, old in zip(self.accepted, seen, before, strict=True)
+            ]
+        now = [self.accepted[0] + queued, self.accepted[1]]
         arrived = max(0.0, now[0] - self.most[0])
         accepted_tokens = max(0.0, now[1] - self.most[1])
         self.most = [max(pair) for pair in zip(self.most, now, strict=True)]

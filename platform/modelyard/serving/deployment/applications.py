@@ -14,7 +14,7 @@ from modelyard.serving.autoscaling.serve import autoscaling_config
 from modelyard.serving.deployment.config import GatewayApp, ModelApp
 from modelyard.serving.deployment.discovery import MODEL, user_config
 from modelyard.serving.deployment.replica import ModelReplica
-from modelyard.serving.protocol import Backend, ServedModel
+from modelyard.serving.protocol import ServedModel
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -81,13 +81,15 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from modelyard.serving.cascade.backend import CascadeBackend
+        from modelyard.serving.cascade.counters import CascadeCollector
         from modelyard.serving.deployment.backend import ServeBackend
         from modelyard.serving.gateway import create_app
 
-        backend: Backend = ServeBackend(self._app)
-        if self._app.cascades:
-            backend = CascadeBackend(backend, self._app.cascades)
-        return create_app(backend, self._app.settings)
+        models = ServeBackend(self._app)
+        if not self._app.cascades:
+            return create_app(models, self._app.settings)
+        cascades = CascadeBackend(models, self._app.cascades)
+        return create_app(cascades, self._app.settings, collectors=[CascadeCollector(cascades.counters)])
 
 
 def gateway_application(app: GatewayApp) -> Application:

@@ -17,7 +17,7 @@ from modelyard.serving.protocol import EngineStats, Generation, Piece, Usage
 from modelyard.serving.server_config import ServerConfig
 
 INTERVAL_S = 0.02
-"""Pieces of one stream that come closer together travel together; the first goes alone at once."""
+"""Pieces of one stream that come closer together travel together; up to the first text each goes at once."""
 logger = logging.getLogger(__name__)
 _IDLE = EngineStats(0, 0, 0.0, 0, 0)
 """Of an engine that counts nothing: classifiers are scaled by how many calls there are."""
@@ -80,7 +80,7 @@ class ModelReplica:
 
 
 async def batched(pieces: AsyncIterator[Piece], interval_s: float) -> AsyncIterator[list[Piece]]:
-    """Lists of what came since the last one: the first at once, the next ones `interval_s` apart at least."""
+    """Lists of what came since the last one: until the first text at once, then `interval_s` apart at least."""
     ready: list[Piece] = []
     news = asyncio.Event()
     ended: list[BaseException | None] = []
@@ -98,6 +98,7 @@ async def batched(pieces: AsyncIterator[Piece], interval_s: float) -> AsyncItera
             news.set()
 
     collecting = asyncio.create_task(collect())
+    has_text = False
     try:
         while True:
             await news.wait()
@@ -105,7 +106,8 @@ async def batched(pieces: AsyncIterator[Piece], interval_s: float) -> AsyncItera
             if ready:
                 together, ready[:] = list(ready), []
                 yield together
-                if not ended:
+                has_text = has_text or any(piece.text for piece in together)
+                if has_text and not ended:
                     await asyncio.sleep(interval_s)
             if ended and not ready:
                 break

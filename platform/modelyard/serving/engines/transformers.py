@@ -1,7 +1,7 @@
 """The default engine: any Hugging Face causal language model, with continuous batching inside a fixed memory.
 
 transformers has a continuous batching of its own; it samples all requests of a batch alike, takes one seed for all of
-them, reports no likeliest tokens, and computes less per second here (see `benchmarks/engines.py`). So the loop is ours,
+them, reports no likeliest tokens, and computes less per second here (see `benchmarks/serving.py`). So the loop is ours,
 on the model's own `forward`.
 """
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -47,7 +49,13 @@ _PAGE_HEADERS = {
 }
 
 
-def create_app(backend: Backend, settings: GatewaySettings | None = None, *, audit: AuditHook | None = None) -> FastAPI:
+def create_app(
+    backend: Backend,
+    settings: GatewaySettings | None = None,
+    *,
+    audit: AuditHook | None = None,
+    collectors: Sequence[Collector] = (),
+) -> FastAPI:
     """The gateway in front of `backend`. Opens the database, so it is called where it will run.
 
     As an ingress of Ray Serve the application is built in its replica::
@@ -60,12 +68,15 @@ def create_app(backend: Backend, settings: GatewaySettings | None = None, *, aud
         backend: answers the calls.
         settings: its bounds; the defaults when None.
         audit: called once for each call under `/v1`.
+        collectors: more Prometheus metrics for `/metrics`.
 
     Raises:
         StorageError: the database cannot be reached or written.
     """
     settings = settings or GatewaySettings()
     metrics = Metrics()
+    for collector in collectors:
+        metrics.registry.register(collector)
     keys = budgets = None
     if not settings.open_access:
         keys = KeyStore(settings.database)
@@ -87,7 +98,14 @@ def create_app(backend: Backend, settings: GatewaySettings | None = None, *, aud
     app = FastAPI(title="Modelyard", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _not_routed)
-    app.add_middleware(Front, metrics=metrics, audit=audit, max_in_flight=settings.max_in_flight, site=settings.site)
+    app.add_middleware(
+        Front,
+        metrics=metrics,
+        audit=audit,
+        max_in_flight=settings.max_in_flight,
+        site=settings.site,
+        proxy_sends_id=_is_in_serve(),
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -103,6 +121,20 @@ def create_app(backend: Backend, settings: GatewaySettings | None = None, *, aud
     return app
 
 
+def _is_in_serve() -> bool:
+    """Whether this is a replica of Ray Serve, whose proxy gives every request an id and sends it back by itself."""
+    if "ray.serve" not in sys.modules:
+        return False
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
+
+
 class _Answer(Response):
     """A response that is made, from the reading of the body to the last byte, when it is sent."""
 
@@ -115,6 +147,8 @@ class _Answer(Response):
 
 
 def _add_api(app: FastAPI, calls: Calls) -> None:
+    chat, completion = openapi.body_of(schemas.ChatBody), openapi.body_of(schemas.CompletionBody)
+
     def add(method: str, path: str, summary: str, work: Work, extra: dict[str, Any] | None = None) -> None:
         async def endpoint() -> Response:
             return _Answer(work)
@@ -128,11 +162,10 @@ def _add_api(app: FastAPI, calls: Calls) -> None:
             operation_id=name,
             openapi_extra=extra,
             response_class=Response,
-            responses={200: {"content": {"application/json": {"schema": {"type": "object"}}}}},
+            responses={200: {"content": openapi.answers(is_streamed=extra in (chat, completion))}},
         )
 
     named = {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
-    chat, completion = openapi.body_of(schemas.ChatBody), openapi.body_of(schemas.CompletionBody)
     prediction = {**named, **openapi.body_of(schemas.PredictionBody, "multipart/form-data")}
     add("GET", "/v1/models", "The models this key may use", calls.list_models)
     add("GET", "/v1/models/{model}", "One model", calls.show_model, named)

@@ -138,7 +138,9 @@ class Calls:
         size = sum(len(text.encode()) if isinstance(text, str) else 3 * len(text) for text in texts)
         async with self._reserved(caller, estimate_tokens(size, 0)) as reservation:
             async with _bounded(settings.request_timeout_s):
-                vectors, usage = await self._backend.embed(model.name, texts)
+                vectors, usage = await self._backend.embed(
+                    model.name, texts, site=_site(request, caller), on_site=exchange.answered_at
+                )
             exchange.prompt_tokens = usage.prompt_tokens
             self._settle(reservation, usage.prompt_tokens)
         as_text = wanted.encoding_format == "base64"
@@ -161,7 +163,9 @@ class Calls:
                     for number, value in enumerate(inputs)
                 ]
                 inputs = await asyncio.to_thread(images.decode, files, settings.max_image_pixels)
-            answers = await self._backend.predict(model.name, inputs)
+            answers = await self._backend.predict(
+                model.name, inputs, site=_site(request, caller), on_site=exchange_of(request).answered_at
+            )
         data = [{"object": "prediction", "index": index, "output": answer} for index, answer in enumerate(answers)]
         answer = {"object": "list", "created": int(time.time()), "data": data, "model": model.name}
         await _send_json(send, answer, reservation.headers)

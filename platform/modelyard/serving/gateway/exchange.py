@@ -46,6 +46,10 @@ class Exchange:
     completion_tokens: int = 0
     first_token_s: float | None = None
 
+    def answered_at(self, site: str) -> None:
+        """The backend says where."""
+        self.site = site
+
     def elapsed_s(self) -> float:
         """Since the first byte of the request."""
         return time.perf_counter() - self.started_s
@@ -62,10 +66,18 @@ class Front:
     """The outermost layer. An error that comes after an answer has begun is the answer's own to tell."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, audit: AuditHook | None, max_in_flight: int, site: str | None
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        audit: AuditHook | None,
+        max_in_flight: int,
+        site: str | None,
+        proxy_sends_id: bool = False,
     ) -> None:
-        """Wrap `app`."""
+        """Wrap `app`. `proxy_sends_id`: the given request id goes back to the caller without us."""
         self._app, self._metrics, self._audit, self._site = app, metrics, audit, site
+        self._proxy_sends_id = proxy_sends_id
         self._max_in_flight, self._in_flight = max_in_flight, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +92,8 @@ class Front:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                added = {"x-request-id": exchange.request_id}
+                is_sent = self._proxy_sends_id and given == exchange.request_id
+                added = {} if is_sent else {"x-request-id": exchange.request_id}
                 if exchange.site is not None:
                     added[SITE_HEADER] = exchange.site
                 message["headers"] = [

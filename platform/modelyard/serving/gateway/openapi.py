@@ -50,6 +50,13 @@ def body_of(kind: type[BaseModel], *others: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+def answers(*, is_streamed: bool) -> dict[str, Any]:
+    """What a call answers with: an object, or with `stream: true` events that hold one each."""
+    whole = {"application/json": {"schema": {"type": "object"}}}
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    return {**whole, "text/event-stream": {"schema": event}} if is_streamed else whole
+
+
 def describe(app: FastAPI) -> dict[str, Any]:
     """The document of `app`, made once."""
     if app.openapi_schema is not None:

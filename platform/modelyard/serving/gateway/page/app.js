@@ -43,9 +43,11 @@ async function connect(event) {
 
 function choose() {
   const model = models.get($("model").value);
+  const isText = Boolean(model && model.task === "causal_lm");
   const isPicture = Boolean(model && model.task.startsWith("image"));
-  $("chat").hidden = !model || isPicture;
+  $("chat").hidden = $("tuning").hidden = !isText;
   $("pictures").hidden = !isPicture;
+  $("elsewhere").hidden = !model || isText || isPicture;
   $("about").textContent = model
     ? [model.task, `engine ${model.engine}`, model.context_tokens && `${model.context_tokens} tokens of context`]
         .filter(Boolean)
@@ -65,6 +67,10 @@ function addTurn(role, text) {
   $("turns").append(item);
   return body;
 }
+
+const page = document.documentElement;
+const isAtEnd = () => page.scrollHeight - page.scrollTop - page.clientHeight < 40;
+const goToEnd = () => page.scrollTo(0, page.scrollHeight);
 
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -89,8 +95,9 @@ async function ask(event) {
   if (!prompt || running) return;
   const earlier = messages;
   messages = [...messages, { role: "user", content: prompt }];
-  addTurn("user", prompt);
+  const question = addTurn("user", prompt);
   const body = addTurn("assistant", "");
+  goToEnd();
   $("prompt").value = "";
   running = new AbortController();
   $("send").disabled = $("clear").disabled = true;
@@ -121,8 +128,9 @@ async function ask(event) {
       if (item.error) throw new Error(item.error.message);
       usage = item.usage || usage;
       text += item.choices[0]?.delta.content ?? "";
+      const follows = isAtEnd(); // who reads further up is left there
       body.textContent = text;
-      $("ask").scrollIntoView({ block: "end" });
+      if (follows) goToEnd();
     }
     const seconds = (performance.now() - started) / 1000;
     outcome = usage ? `${usage.completion_tokens} tokens in ${seconds.toFixed(1)} s.` : "Done.";
@@ -133,8 +141,10 @@ async function ask(event) {
   }
   if (text) messages.push({ role: "assistant", content: text });
   else {
-    messages = earlier;
+    messages = earlier; // nothing came: the question goes back to where it can be sent again
+    question.parentElement.remove();
     body.parentElement.remove();
+    $("prompt").value ||= prompt;
   }
   running = null;
   $("send").disabled = $("clear").disabled = false;

@@ -48,7 +48,8 @@ async function show() {
   const calls = Object.entries(document_.paths).flatMap(([path, methods]) =>
     Object.entries(methods).map(([method, operation]) => call(path, method, operation, document_.components.schemas)),
   );
-  document.getElementById("intro").textContent = document_.info.description;
+  const parts = document_.info.description.split("`"); // every second one stands in backticks
+  document.getElementById("intro").replaceChildren(...parts.map((text, at) => (at % 2 ? made("code", text) : text)));
   document.getElementById("calls").append(...calls);
 }
 
