@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from modelyard.data.dataset import Column, DatasetInfo
+from modelyard.data.dataset import Column, Dataset, DatasetInfo
 from modelyard.data.shards import ShardWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from modelyard.tasks import Task
 
 TEXT = "the quick brown fox jumps over the lazy dog; modelyard trains models. naïve café 東京. " * 20
 
@@ -97,3 +103,97 @@ def images_folder(tmp_path: Path) -> Path:
 def tokens_of(tmp_path: Path) -> Callable[..., Path]:
     """Makes further token datasets: `tokens_of("name", block=8, vocab_size=400, text="...")`."""
     return lambda name, **options: make_tokens(tmp_path / name, **options)
+
+
+def texts_folder(
+    folder: Path, texts: list[str] | list[list[str]], answers: list[str] | list[list[str]], tokens: int = 16
+) -> Path:
+    """Texts with classes, or words with tags, as a dataset with splits train and test, the same rows in both."""
+    from modelyard.data.sentences import bio_classes, first_token_tags, padding_encoder
+
+    is_tagged = not isinstance(answers[0], str)
+    words = texts if is_tagged else [text.split() for text in texts if isinstance(text, str)]
+    size = train_tokenizer(folder / "tokenizer", 500, " ".join(word for row in words for word in row))
+    bpe = padding_encoder((folder / "tokenizer" / "tokenizer.json").read_text(), tokens)
+    found = bpe.encode_batch(texts, is_pretokenized=is_tagged)
+    flat = [tag for row in answers for tag in row] if is_tagged else [str(answer) for answer in answers]
+    classes = bio_classes(flat) if is_tagged else tuple(sorted(set(flat)))
+    rows: dict[str, np.ndarray] = {
+        "input_ids": np.array([one.ids for one in found], np.uint16),
+        "length": np.array([sum(one.attention_mask) for one in found], np.int32),
+    }
+    last = Column(name="tags", dtype="int16", shape=(tokens,)) if is_tagged else Column(name="label", dtype="int64")
+    if is_tagged:
+        numbers = [[classes.index(tag) for tag in row] for row in answers]
+        tags = [first_token_tags(one.word_ids, row) for one, row in zip(found, numbers, strict=True)]
+        rows["tags"] = np.array(tags, np.int16)
+    else:
+        rows["label"] = np.array([classes.index(answer) for answer in flat], np.int64)
+    columns = (
+        Column(name="input_ids", dtype="uint16", shape=(tokens,)),
+        Column(name="length", dtype="int32"),
+        last,
+    )
+    info = DatasetInfo(
+        format="tagged_text" if is_tagged else "labelled_text",
+        columns=columns,
+        splits={},
+        vocab_size=size,
+        block_tokens=tokens,
+        classes=classes,
+        end_of_text_id=0,
+        tokenizer="tokenizer",
+    )
+    return write_dataset(folder, info, {"train": rows, "test": rows})
+
+
+def train(task: Task, folder: Path, steps: int, *, batch: int = 16, rate: float = 3e-3) -> nn.Module:
+    """A model of the task, trained on a dataset for a few steps in this process."""
+    import torch
+
+    dataset = Dataset.open(folder)
+    torch.manual_seed(0)
+    model = task.build(dataset.info, folder).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    rows, generator = dataset.split("train"), np.random.default_rng(0)
+    for _ in range(steps):
+        chosen = generator.integers(0, rows.num_rows, batch)
+        optimizer.zero_grad()
+        task.loss(model, task.collate(rows.read(chosen), "cpu")).mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def measure(task: Task, model: nn.Module, folder: Path, split: str = "test") -> dict[str, np.ndarray]:
+    """The statistics (n,) of a split."""
+    import torch
+
+    rows = Dataset.open(folder).split(split)
+    with torch.inference_mode():
+        found = task.statistics(model, task.collate(rows.read(np.arange(rows.num_rows)), "cpu"))
+    return {name: values.numpy() for name, values in found.items()}
+
+
+def row_losses(task: Task, model: nn.Module, rows: Mapping[str, np.ndarray]) -> Tensor:
+    """The loss of each row, (B,), without gradients."""
+    import torch
+
+    with torch.inference_mode():
+        return task.loss(model, task.collate(rows, "cpu"))
+
+
+def assert_saved_whole(task: Task, model: nn.Module, folder: Path, target: Path) -> None:
+    """A saved model loads by itself, pickle-free, equal in its task and in the loss of every row."""
+    import torch
+
+    from modelyard.tasks import load_model
+
+    rows = Dataset.open(folder).split("test").read(np.arange(5))
+    expected = row_losses(task, model.eval(), rows)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for place, given in ((target / "own", None), (target / "gathered", state)):
+        task.save(model, place, folder, given)
+        loaded_task, loaded = load_model(place)
+        assert loaded_task == task
+        torch.testing.assert_close(row_losses(loaded_task, loaded, rows), expected)
+        assert {path.suffix for path in place.iterdir()} <= {".safetensors", ".json"}

@@ -17,6 +17,8 @@ from modelyard.tasks import ImageClassification, load_model
 
 from .conftest import images_info
 
+Architecture = Literal["cnn", "mlp", "linear", "resnet18", "vit_tiny"]
+
 
 def build(task: ImageClassification, seed: int = 0, **info: Any) -> torch.nn.Module:
     torch.manual_seed(seed)
@@ -96,6 +98,32 @@ def test_images_of_any_size_fit(architecture: Literal["cnn", "mlp"], shape: tupl
     assert model(torch.zeros(2, *shape, dtype=torch.uint8)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("architecture", ["linear", "resnet18", "vit_tiny"])
+def test_the_well_known_networks_learn_real_digits(architecture: Architecture) -> None:
+    """Zeros and ones, in a few steps: the wiring is right, from pixels to classes."""
+    task = ImageClassification(architecture=architecture, dropout=0.0)
+    pixels, labels, _, _ = digits()
+    pixels, labels = pixels[labels < 2], labels[labels < 2]
+    model = build(task, classes=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for start in 3 * list(range(0, 128, 16)):
+        batch = task.collate({"pixels": pixels[start : start + 16], "label": labels[start : start + 16]}, "cpu")
+        optimizer.zero_grad()
+        task.loss(model, batch).mean().backward()
+        optimizer.step()
+    with torch.inference_mode():
+        batch = task.collate({"pixels": pixels[128:192], "label": labels[128:192]}, "cpu")
+        stats = task.statistics(model.eval(), batch)
+    assert task.metrics({name: value.numpy() for name, value in stats.items()})["accuracy"] >= 0.95
+
+
+@pytest.mark.parametrize(("architecture", "millions"), [("resnet18", 11.2), ("vit_tiny", 5.4)])
+def test_the_well_known_networks_have_their_published_size(architecture: Architecture, millions: float) -> None:
+    model = build(ImageClassification(architecture=architecture), shape=(3, 32, 32))
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert not [name for name, _ in model.named_buffers() if "running" in name], "no batch statistics"
+
+
 def test_flops_are_those_of_the_layers() -> None:
     task = ImageClassification(architecture="mlp", hidden=16)
     assert task.flops_per_row(build(task)) == 3 * 2 * (64 * 16 + 16 * 10)
@@ -104,10 +132,13 @@ def test_flops_are_those_of_the_layers() -> None:
     assert cnn.flops_per_row(build(cnn)) == 3 * expected
 
 
-@pytest.mark.parametrize("architecture", ["cnn", "mlp"])
+@pytest.mark.parametrize("architecture", ["cnn", "mlp", "linear", "resnet18", "vit_tiny"])
 @pytest.mark.parametrize("gathered", [True, False])
 def test_a_saved_model_answers_identically(
-    architecture: Literal["cnn", "mlp"], gathered: bool, images_folder: Path, tmp_path: Path
+    architecture: Literal["cnn", "mlp", "linear", "resnet18", "vit_tiny"],
+    gathered: bool,
+    images_folder: Path,
+    tmp_path: Path,
 ) -> None:
     task = ImageClassification(architecture=architecture)
     model = build(task).eval()
@@ -154,5 +185,7 @@ def test_datasets_that_do_not_fit_are_refused(tokens_folder: Path) -> None:
         task.check(images_info(classes=1))
     with pytest.raises(DataError, match="needs the columns 'pixels'"):
         task.check(images_info().with_changes(columns=(Column(name="label", dtype="int64"),)))
+    with pytest.raises(ConfigError, match=r"task\.patch=3 does not divide images of 8 x 8 pixels"):
+        ImageClassification(architecture="vit_tiny", patch=3).check(images_info())
     with pytest.raises(ConfigError, match="below 1"):
         ImageClassification(channels=(8, 0)).check(images_info())

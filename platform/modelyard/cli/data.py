@@ -130,11 +130,30 @@ def _sample(row: dict[str, Any], dataset: Dataset) -> str:
     if dataset.info.format == "tokens":
         text = _decode(dataset, row["input_ids"].tolist())
         return text if len(text) <= _SAMPLE_CHARACTERS else text[:_SAMPLE_CHARACTERS] + " ..."
+    if dataset.info.format != "images":
+        return _fields(row, dataset)
     pixels = row["pixels"]
     lines = [f"label {dataset.info.classes[int(row['label'])]}, {pixels.min()}..{pixels.max()}"]
     if max(pixels.shape[1:]) <= 32:
         grey = pixels.mean(axis=0)
         lines += ["".join(" .:-=+*#%@"[int(value) * 10 // 256] * 2 for value in line) for line in grey]
+    return "\n".join(lines)
+
+
+def _fields(row: dict[str, Any], dataset: Dataset) -> str:
+    """The columns of a row by name; tokens as text, labels and tags by their names."""
+    import numpy as np
+
+    names, lines = dataset.info.classes, []
+    for column, value in row.items():
+        shown = np.array2string(value, threshold=12, precision=4)
+        if column == "input_ids":
+            shown = _decode(dataset, value[: int(row["length"])].tolist())
+        elif column == "label":
+            shown = names[int(value)]
+        elif column == "tags":
+            shown = " ".join(names[tag] for tag in value.tolist() if tag >= 0)
+        lines.append(f"{column}: {shown[:_SAMPLE_CHARACTERS]}")
     return "\n".join(lines)
 
 

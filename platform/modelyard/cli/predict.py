@@ -6,8 +6,6 @@ import json
 
 import click
 
-from modelyard.errors import ConfigError
-
 
 @click.command("predict")
 @click.argument("ref")
@@ -25,7 +23,7 @@ from modelyard.errors import ConfigError
 def predict_command(
     ref: str, inputs: tuple[str, ...], max_new_tokens: int | None, temperature: float, top_p: float, seed: int
 ) -> None:
-    """Answer INPUTS with the model REF: continue texts, or classify the images in files."""
+    """Answer INPUTS with the model REF: texts, files of images, or JSON, as its task takes them."""
     from modelyard.artifacts.registry import Registry
     from modelyard.tasks import CausalLM, load_model
 
@@ -38,16 +36,6 @@ def predict_command(
         for prompt, answer in zip(inputs, task.predict(model, inputs, **options), strict=True):
             click.echo(click.style(prompt, bold=True) + answer)
         return
-    for path, answer in zip(inputs, task.predict(model, [_image(path) for path in inputs]), strict=True):
-        click.echo(f"{path}: {json.dumps(answer, default=str)}")
-
-
-def _image(path: str) -> object:
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image)
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"{path!r} is not an image file: {error}") from error
+    given = [task.parse_input(text) for text in inputs]
+    for text, answer in zip(inputs, task.predict(model, given), strict=True):
+        click.echo(f"{text}: {json.dumps(answer, default=str)}")

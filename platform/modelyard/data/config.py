@@ -52,6 +52,18 @@ class Parquet(Config):
     """Column that holds the text."""
 
 
+class Chats(Config):
+    """JSON Lines files of conversations, written out by the chat template of the tokenizer folder."""
+
+    kind: Literal["chats"] = "chats"
+    paths: Paths
+    """Files, folders (`*.jsonl`, `*.jsonl.gz`) or globs; local or `s3://`."""
+    messages_column: str = "messages"
+    """Key that holds the messages of one conversation: a list of `{role, content}`."""
+    tokenizer: str
+    """Local folder of the tokenizer whose template is used: that of the model to fine-tune."""
+
+
 class SklearnDigits(Config):
     """scikit-learn's 1,797 real handwritten digits, 8 x 8 pixels."""
 
@@ -80,13 +92,117 @@ class ImageParquet(Config):
     """The value of a white pixel, when the column holds arrays of pixels."""
 
 
-TextSource = PyDocs | TextFiles | JsonLines | Parquet
+class Points(Config):
+    """A few rows of numbers, written in the config itself."""
+
+    kind: Literal["points"] = "points"
+    rows: Annotated[tuple[tuple[float, ...], ...], Field(min_length=1)]
+    """The rows; all of one length."""
+    targets: int = Field(default=1, ge=1)
+    """How many numbers at the end of each row are to be predicted from those before them."""
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Self:
+        lengths = {len(row) for row in self.rows}
+        if len(lengths) > 1 or min(lengths) <= self.targets:
+            raise ValueError(
+                f"rows hold {', '.join(map(str, sorted(lengths)))} numbers; all need the same count, "
+                f"and more than targets={self.targets}"
+            )
+        return self
+
+
+class NumberTable(Config):
+    """CSV, TSV, JSON Lines or Parquet files with columns of numbers."""
+
+    kind: Literal["table"] = "table"
+    paths: Paths
+    """Files, folders or globs; local or `s3://`. The suffix tells the format."""
+    features: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Columns to predict from."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Columns to predict."""
+
+
+class LabelledText(Config):
+    """CSV, TSV, JSON Lines or Parquet files with a column of text and one of class names."""
+
+    kind: Literal["labelled_text"] = "labelled_text"
+    paths: Paths
+    """Files, folders or globs; local or `s3://`. The suffix tells the format."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    label_column: str = "label"
+    """Column of class names or numbers."""
+
+
+class TaggedText(Config):
+    """Files of one word and its tag per line, with an empty line after each sentence (CoNLL)."""
+
+    kind: Literal["tagged_text"] = "tagged_text"
+    paths: Paths
+    """Files, folders (`*.txt`, `*.conll`, `*.bio`) or globs; local or `s3://`."""
+    word_field: int = 0
+    """Which field of a line is the word; from the end when negative."""
+    tag_field: int = -1
+    """Which field of a line is the tag: `O`, `B-NAME` or `I-NAME`."""
+
+
+class Series(Config):
+    """CSV, TSV, JSON Lines or Parquet files with one row per point in time, evenly spaced."""
+
+    kind: Literal["series"] = "series"
+    paths: Paths
+    """Files, folders or globs; local or `s3://`, one after the other. The suffix tells the format."""
+    columns: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Columns of numbers: each is one series."""
+    time_column: str | None = None
+    """Column to sort by; None: the rows are in order."""
+
+
+class Interactions(Config):
+    """CSV, TSV, JSON Lines or Parquet files with one row per thing that a user did with an item."""
+
+    kind: Literal["interactions"] = "interactions"
+    paths: Paths
+    """Files, folders or globs; local or `s3://`. The suffix tells the format."""
+    user_column: str = "user"
+    item_column: str = "item"
+    time_column: str = "time"
+    """Column to sort a user's interactions by; ties stay in the order of the file."""
+
+
+TextSource = PyDocs | TextFiles | JsonLines | Parquet | Chats
 ImageSource = SklearnDigits | ImageFolder | ImageParquet
 SourceConfig = Annotated[
-    PyDocs | TextFiles | JsonLines | Parquet | SklearnDigits | ImageFolder | ImageParquet,
+    PyDocs
+    | TextFiles
+    | JsonLines
+    | Parquet
+    | Chats
+    | SklearnDigits
+    | ImageFolder
+    | ImageParquet
+    | Points
+    | NumberTable
+    | LabelledText
+    | TaggedText
+    | Series
+    | Interactions,
     Field(discriminator="kind"),
 ]
-_IMAGE_KINDS = {"sklearn_digits", "image_folder", "image_parquet"}
+_SECTIONS = {
+    "sklearn_digits": "images",
+    "image_folder": "images",
+    "image_parquet": "images",
+    "points": "numbers",
+    "table": "numbers",
+    "labelled_text": "sentences",
+    "tagged_text": "sentences",
+    "series": "windows",
+    "interactions": "histories",
+}
+"""Which section of a preparation goes with a source's kind; `text` with all the others."""
 
 
 class Splits(Config):
@@ -181,6 +297,55 @@ class ImageConfig(Config):
         return self
 
 
+class NumberConfig(Config):
+    """How rows of numbers are kept: as they are."""
+
+
+class SentenceConfig(Config):
+    """How labelled or tagged text becomes rows of tokens; the tokenizer's own begin and end marks are kept."""
+
+    tokenizer: Annotated[TrainTokenizer | TokenizerFolder, Field(discriminator="kind")] = TrainTokenizer()
+    """That of the encoder to go on from (`kind: folder`), or one trained on the train split (`kind: train`)."""
+    max_tokens: int = Field(default=128, ge=4, le=1 << 16)
+    """Tokens per row; longer texts are cut, shorter ones padded."""
+
+
+class WindowConfig(Config):
+    """How series become rows: a past to look at, and the future to foretell. Splits follow time: train comes first."""
+
+    past: int = Field(ge=1)
+    """Points of time that the model sees."""
+    future: int = Field(ge=1)
+    """Points of time that it foretells."""
+    season: int = Field(ge=1)
+    """Points of time until the pattern repeats; the seasonal-naive forecast, and the scale of MASE, come from it."""
+    stride: int = Field(default=1, ge=1)
+    """Points of time between two windows of the train split."""
+    held_out_stride: int | None = Field(default=None, ge=1)
+    """The same in the other splits; None: `future`, so that every point is foretold once."""
+
+    @model_validator(mode="after")
+    def _one_season(self) -> Self:
+        if self.past < self.season:
+            raise ValueError(f"past={self.past} is shorter than season={self.season}, which the naive forecast needs")
+        return self
+
+
+class HistoryConfig(Config):
+    """How interactions become rows: what a user did, and what came next.
+
+    The last interaction of each user is the test split, the one before it the validation split, and the rest the
+    train split; the shares in `splits` only say which splits are wanted.
+    """
+
+    length: int = Field(default=50, ge=2)
+    """Interactions that the model sees; older ones are cut off."""
+    stride: int = Field(default=25, ge=1)
+    """Interactions between the ends of two train rows of one user."""
+    min_interactions: int = Field(default=5, ge=4)
+    """Users with fewer are dropped."""
+
+
 class PrepareConfig(Config):
     """One preparation: from a corpus to the dataset `datasets:/<name>`."""
 
@@ -195,6 +360,14 @@ class PrepareConfig(Config):
     """For a source of text; the defaults when left out."""
     images: ImageConfig | None = None
     """For a source of images; the defaults when left out."""
+    numbers: NumberConfig | None = None
+    """For `points` and `table`; has no fields."""
+    sentences: SentenceConfig | None = None
+    """For `labelled_text` and `tagged_text`; the defaults when left out."""
+    windows: WindowConfig | None = None
+    """For `series`; needed there."""
+    histories: HistoryConfig | None = None
+    """For `interactions`; the defaults when left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -203,7 +376,19 @@ class PrepareConfig(Config):
             return data
         source = data.get("source")
         kind = source.get("kind") if isinstance(source, Mapping) else getattr(source, "kind", None)
-        used, unused = ("images", "text") if kind in _IMAGE_KINDS else ("text", "images")
-        if kind is not None and data.get(unused) is not None:
-            raise ValueError(f"the section {unused!r} has no meaning for source.kind={kind!r}; use {used!r}")
+        used = _SECTIONS.get(str(kind), "text")
+        for unused in {"text", *_SECTIONS.values()} - {used}:
+            if kind is not None and data.get(unused) is not None:
+                raise ValueError(f"the section {unused!r} has no meaning for source.kind={kind!r}; use {used!r}")
         return {**data, used: data.get(used) or {}}
+
+    @model_validator(mode="after")
+    def _template_of_the_tokenizer(self) -> Self:
+        if isinstance(self.source, Chats) and self.text is not None:
+            given = self.text.tokenizer.path if isinstance(self.text.tokenizer, TokenizerFolder) else None
+            if given != self.source.tokenizer:
+                raise ValueError(
+                    f"text.tokenizer is {given or 'trained'!r}, but the chat template is of {self.source.tokenizer!r}: "
+                    "set text.tokenizer to {kind: folder, path: ...} with the same folder"
+                )
+        return self

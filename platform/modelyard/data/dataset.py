@@ -1,9 +1,16 @@
 """A prepared dataset: a folder of shards, `dataset.json` that describes them, and the tokenizer of a text.
 
-Two formats, by what a row is:
+The formats, by what a row is (T is `block_tokens`):
 
-- `tokens`: one column `input_ids`, uint16 or uint32, shape `(block_tokens,)`.
+- `tokens`: one column `input_ids`, uint16 or uint32, shape `(T,)`.
 - `images`: `pixels`, uint8, shape `(channels, height, width)`, and `label`, int64, shape `()`.
+- `numbers`: `features` and `targets`, float32, shapes `(len(features),)` and `(len(targets),)`.
+- `labelled_text`: `input_ids` `(T,)` padded at the end, `length`, int32, the tokens that count, and `label`, int64.
+- `tagged_text`: the same, with `tags`, int16, `(T,)` instead of `label`: -100 where a token begins no word.
+- `series`: `past` `(L,)` and `future` `(H,)`, float32, `series`, int32, and `scale`, float32, the mean absolute error
+  of the seasonal-naive forecast within the train split (Hyndman and Koehler 2006).
+- `interactions`: `history` `(L,)`, int32, item numbers plus 1, padded in front with 0; `target`, int32, the item
+  number plus 1 that came next; and `popularity_rank`, int32, the target's place among the items not in the history.
 """
 
 from __future__ import annotations
@@ -31,22 +38,28 @@ TOKENIZER_FOLDER = "tokenizer"
 class DatasetInfo(Config):
     """What a dataset holds; stored in it as `dataset.json`."""
 
-    format: Literal["tokens", "images"]
-    """What a row is: a block of token ids, or an image with its label."""
+    format: Literal["tokens", "images", "numbers", "labelled_text", "tagged_text", "series", "interactions"]
+    """What a row is; see the head of this module."""
     columns: tuple[Column, ...]
     """The columns of every split."""
     splits: dict[str, int]
     """Rows of each split; splits without rows are left out."""
     vocab_size: int | None = None
-    """Number of token ids the tokenizer can give (tokens only)."""
+    """Number of token ids the tokenizer can give (text only)."""
     block_tokens: int | None = None
-    """Tokens per row (tokens only)."""
+    """Tokens per row (text only)."""
     classes: tuple[str, ...] = ()
-    """Name of each label (images only)."""
+    """Name of each label, tag (`O`, `B-NAME`, `I-NAME`) or item."""
+    features: tuple[str, ...] = ()
+    """Names of the numbers to predict from (numbers only), or of the series (series only)."""
+    targets: tuple[str, ...] = ()
+    """Names of the numbers to predict (numbers only)."""
+    season: int | None = None
+    """Points of time until the pattern repeats (series only)."""
     end_of_text_id: int | None = None
-    """Token id that ends each document (tokens only)."""
+    """Token id that ends each document (text only)."""
     tokenizer: str | None = None
-    """Folder of the tokenizer inside the dataset (tokens only)."""
+    """Folder of the tokenizer inside the dataset (text only)."""
     documents: dict[str, int] = Field(default_factory=dict)
     """How many documents each step of the preparation read, dropped and kept."""
 

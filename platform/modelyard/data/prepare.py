@@ -106,11 +106,26 @@ def _write(
         from modelyard.data.text import prepare_text
 
         info = prepare_text(config, config.text, parts, folder, report, num_blocks)
-    else:
+    elif config.images is not None:
         from modelyard.data.pictures import prepare_images
 
-        assert config.images is not None, "PrepareConfig fills the section of its source"
         info = prepare_images(config, config.images, parts, folder, report, num_blocks)
+    elif config.sentences is not None:
+        from modelyard.data.sentences import prepare_sentences
+
+        info = prepare_sentences(config, config.sentences, parts, folder, report, num_blocks)
+    elif config.windows is not None:
+        from modelyard.data.windows import prepare_windows
+
+        info = prepare_windows(config, config.windows, parts, folder, report)
+    elif config.histories is not None:
+        from modelyard.data.histories import prepare_histories
+
+        info = prepare_histories(config, config.histories, parts, folder, report)
+    else:
+        from modelyard.data.numbers import prepare_numbers
+
+        info = prepare_numbers(config, parts, folder, report)
     text = json.dumps(info.model_dump(mode="json"), indent=2) + "\n"
     (folder / INFO_FILE).write_text(text, encoding="utf-8")
     return info

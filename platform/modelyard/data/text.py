@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from modelyard.data import deduplication, execution, selection, sources, tokenizer
 from modelyard.data.cleaning import Verdict, clean
-from modelyard.data.config import PrepareConfig, TextConfig, TokenizerFolder, TrainTokenizer
+from modelyard.data.config import Chats, PrepareConfig, TextConfig, TokenizerFolder, TrainTokenizer
 from modelyard.data.dataset import TOKENIZER_FOLDER, Column, DatasetInfo
 from modelyard.data.packing import Packer
 from modelyard.data.progress import OnProgress, Progress, finished
@@ -49,7 +49,7 @@ def prepare_text(
         similarity = text.deduplicate.similarity if text.deduplicate.near else None
         chosen = selection.choose(documents, config, similarity, report)
         if isinstance(text.tokenizer, TrainTokenizer):
-            encoder = _train_tokenizer(documents, chosen, text.tokenizer, folder / TOKENIZER_FOLDER)
+            encoder = train_tokenizer(documents, chosen, text.tokenizer, folder / TOKENIZER_FOLDER)
         assert encoder is not None, "it was either read from a folder or trained"
         report(finished("tokenizer", vocabulary=encoder.vocab_size))
         packers = _pack(documents, chosen, encoder, config, text, folder, report)
@@ -84,7 +84,7 @@ def _to_tables(parts: Iterable[tuple[int, Part]], *, source: Any, text: TextConf
         yield pa.table(columns)
 
 
-def _train_tokenizer(documents: Any, chosen: Chosen, config: TrainTokenizer, target: Path) -> Tokenizer:
+def train_tokenizer(documents: Any, chosen: Chosen, config: TrainTokenizer, target: Path) -> Tokenizer:
     """Train on the train split in one task, next to the texts: only the tokenizer travels."""
     import ray
 
@@ -128,7 +128,8 @@ def _pack(
     names = list(config.splits.shares())
     column = _column(encoder, text)
     packers = {name: Packer(folder, name, column, config.rows_per_shard) for name in names}
-    task = partial(_tokenize, chosen=chosen, encoder=encoder)
+    marks = isinstance(config.source, Chats)
+    task = partial(_tokenize, chosen=chosen, encoder=encoder, marks=marks)
     done = 0
     tokenized = documents.map_batches(task, batch_size=None, batch_format="pyarrow")
     for table in execution.tables(tokenized):
@@ -148,14 +149,14 @@ def _pack(
     return packers
 
 
-def _tokenize(block: Any, *, chosen: Chosen, encoder: Tokenizer) -> Any:
-    """Worker: the tokens of the documents that stay, each ended by end-of-text."""
+def _tokenize(block: Any, *, chosen: Chosen, encoder: Tokenizer, marks: bool) -> Any:
+    """Worker: the tokens of the documents that stay, each ended by end-of-text; `marks` tells special tokens apart."""
     empty = {"split": pa.array([], pa.uint8()), "tokens": pa.array([], pa.large_list(pa.uint32()))}
     if not block.num_rows:
         return pa.table(empty)
     stays, codes = chosen.split_codes(block["id"].to_numpy())
     texts = block["text"].filter(pa.array(stays)).to_pylist()
-    bpe = tokenizer.encoder(encoder.definition)
+    bpe = tokenizer.encoder(encoder.definition, marks)
     encoded = [
         np.array([*bpe.encode(t, add_special_tokens=False).ids, encoder.end_of_text_id], np.uint32) for t in texts
     ]

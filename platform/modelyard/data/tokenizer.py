@@ -44,8 +44,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _describe(bpe, END_OF_TEXT)
 
 
-def from_folder(config: TokenizerFolder, target: Path) -> Tokenizer:
+def from_folder(config: TokenizerFolder, target: Path, *, ends_documents: bool = True) -> Tokenizer:
     """Use an existing tokenizer, and save it to `target`.
+
+    With `ends_documents=False` an encoder's tokenizer will do, which marks the end by its separator.
 
     Raises:
         ConfigError: the folder is missing, holds no tokenizer, or the tokenizer has no end-of-text token.
@@ -66,13 +68,14 @@ def from_folder(config: TokenizerFolder, target: Path) -> Tokenizer:
             f"text.tokenizer.path: {config.path!r} holds no tokenizer transformers can load: {error}",
             "it needs tokenizer.json and tokenizer_config.json",
         ) from error
-    if loaded.eos_token is None:
+    end = loaded.eos_token if ends_documents else loaded.eos_token or loaded.sep_token or loaded.pad_token
+    if end is None:
         raise ConfigError(
             f"text.tokenizer.path: the tokenizer in {config.path!r} has no eos_token to end documents with",
             "set eos_token in its tokenizer_config.json",
         )
     loaded.save_pretrained(target)
-    return _describe(bpe, loaded.eos_token)
+    return _describe(bpe, end)
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
@@ -91,12 +94,15 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def encoder(definition: str) -> Any:
-    """The encoder of a definition; kept per process, for the next block. Text that looks special stays text."""
+def encoder(definition: str, marks: bool = False) -> Any:
+    """The encoder of a definition; kept per process, for the next block.
+
+    Text that looks special stays text, unless `marks` says that the text is a template's.
+    """
     import tokenizers
 
     bpe = tokenizers.Tokenizer.from_str(definition)
-    bpe.encode_special_tokens = True
+    bpe.encode_special_tokens = not marks
     bpe.no_truncation()
     bpe.no_padding()
     return bpe

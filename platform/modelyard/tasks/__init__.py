@@ -11,16 +11,46 @@ from modelyard.errors import IntegrityError
 from modelyard.tasks import saving
 from modelyard.tasks.base import Objective, Task
 from modelyard.tasks.causal_lm import CausalLM
+from modelyard.tasks.forecasting import Forecasting
 from modelyard.tasks.image_classification import ImageClassification
+from modelyard.tasks.recommendation import Recommendation
+from modelyard.tasks.refined import Refined
+from modelyard.tasks.regression import Regression
+from modelyard.tasks.text_classification import TextClassification
+from modelyard.tasks.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from torch import nn
 
     from modelyard.data.dataset import DatasetInfo
 
-__all__ = ["CausalLM", "ImageClassification", "Objective", "Task", "TaskConfig", "load_model", "read_task"]
+__all__ = [
+    "CausalLM",
+    "Forecasting",
+    "ImageClassification",
+    "Objective",
+    "Recommendation",
+    "Refined",
+    "Regression",
+    "Task",
+    "TaskConfig",
+    "TextClassification",
+    "TokenClassification",
+    "load_model",
+    "read_task",
+]
 
-TaskConfig = Annotated[CausalLM | ImageClassification, Field(discriminator="kind")]
+AnyTask = (
+    CausalLM
+    | Forecasting
+    | ImageClassification
+    | Recommendation
+    | Refined
+    | Regression
+    | TextClassification
+    | TokenClassification
+)
+TaskConfig = Annotated[AnyTask, Field(discriminator="kind")]
 """The type of a config's `task` field: `kind` chooses the task."""
 
 
@@ -35,7 +65,7 @@ def read_task(folder: Path) -> tuple[Task, DatasetInfo]:
 
     record = saving.read_task(folder)
     try:
-        task: Task = TypeAdapter[CausalLM | ImageClassification](TaskConfig).validate_python(record["task"])
+        task: Task = TypeAdapter[AnyTask](TaskConfig).validate_python(record["task"])
         return task, DatasetInfo.model_validate(record.get("dataset"))
     except ValidationError as error:
         raise IntegrityError(f"{str(folder / saving.TASK_FILE)!r} is damaged: {error}") from error

@@ -9,6 +9,7 @@ Letters in shape comments: B rows of a batch, T tokens of a row, V vocabulary, n
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelyard.config import Config
 from modelyard.errors import DataError
+from modelyard.tasks.classification_metrics import ClassScore, class_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +99,13 @@ class Task(Config, ABC):
     def metrics(self, stats: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Metrics of n rows from their gathered statistics, each (n,). Pure numpy; called often."""
 
+    def class_table(self, stats: Mapping[str, np.ndarray], info: DatasetInfo) -> list[tuple[str, ClassScore]]:
+        """The score of each class by name, from the statistics `label` and `prediction`; empty without these."""
+        if not {"label", "prediction"} <= set(stats):
+            return []
+        scores = class_scores(stats["label"], stats["prediction"], len(info.classes))
+        return list(zip(info.classes, scores, strict=True))
+
     @abstractmethod
     def flops_per_row(self, model: nn.Module) -> float:
         """Model FLOPs (not hardware FLOPs: no recomputation) of one row, forward and backward."""
@@ -125,7 +134,18 @@ class Task(Config, ABC):
 
     @abstractmethod
     def predict(self, model: nn.Module, inputs: Sequence[Any], **options: Any) -> list[Any]:
-        """One answer per input, in order."""
+        """One answer per input, in order; inputs may come as plain Python values or as numpy arrays."""
+
+    def parse_input(self, text: str) -> Any:
+        """What `predict` takes, from what a person wrote on a command line. Default: JSON, else the text itself.
+
+        Raises:
+            ModelyardError: the text names a file that cannot be read.
+        """
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
 
     def enable_activation_checkpointing(self, model: nn.Module) -> None:
         """Recompute activations in the backward pass instead of keeping them: less memory, a third more work.

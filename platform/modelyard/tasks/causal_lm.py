@@ -12,7 +12,14 @@ import numpy as np
 from modelyard.errors import ConfigError, DataError
 from modelyard.tasks import saving
 from modelyard.tasks.base import Objective, Task
-from modelyard.tasks.generation import differing_tokens, generate, has_tokenizer, load_tokenizer, token_bytes
+from modelyard.tasks.generation import (
+    differing_tokens,
+    generate,
+    has_tokenizer,
+    load_tokenizer,
+    require_same_tokenizer,
+    token_bytes,
+)
 from modelyard.tasks.language_models import ModelSource, PretrainedModel, load_folder, quiet_progress, read_config
 from modelyard.tasks.lora import Lora, base_state, load_adapter, save_adapter
 
@@ -70,7 +77,7 @@ class CausalLM(Task):
     def build(self, info: DatasetInfo, dataset_folder: Path | None) -> nn.Module:
         self.check(info)
         if isinstance(self.model, PretrainedModel) and dataset_folder is not None and info.tokenizer is not None:
-            _require_same_tokenizer(self.model.folder(), dataset_folder / info.tokenizer)
+            require_same_tokenizer(self.model.folder(), dataset_folder / info.tokenizer)
         model = self.model.build(info)
         if self.lora is not None:
             model = self.lora.wrap(model)
@@ -211,16 +218,3 @@ def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def _remember_row_tokens(model: nn.Module, info: DatasetInfo) -> None:
     net: Any = model
     net.row_tokens = info.block_tokens
-
-
-def _require_same_tokenizer(model_folder: Path, dataset_tokenizer: Path) -> None:
-    """Refuse a model whose own tokenizer numbers tokens differently: its weights would mean other words."""
-    if not has_tokenizer(model_folder):
-        return  # nothing to compare with
-    differing, total = differing_tokens(model_folder, dataset_tokenizer)
-    if differing:
-        raise ConfigError(
-            f"task.model.pretrained: {differing} of the dataset's {total} tokens mean something else in "
-            f"the tokenizer of {str(model_folder)!r}",
-            "prepare the dataset with this model's tokenizer",
-        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from modelyard.errors import DataError, InputError
+from modelyard.errors import ConfigError, DataError, InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +44,23 @@ def differing_tokens(own_folder: Path, given_folder: Path) -> tuple[int, int]:
     """
     own, given = load_tokenizer(own_folder).get_vocab(), load_tokenizer(given_folder).get_vocab()
     return sum(own.get(token) != number for token, number in given.items()), len(given)
+
+
+def require_same_tokenizer(model_folder: Path, dataset_tokenizer: Path) -> None:
+    """Refuse a model whose own tokenizer numbers tokens differently: its weights would mean other words.
+
+    Raises:
+        ConfigError: how many tokens differ. A model without a tokenizer passes: there is nothing to compare with.
+    """
+    if not has_tokenizer(model_folder):
+        return
+    differing, total = differing_tokens(model_folder, dataset_tokenizer)
+    if differing:
+        raise ConfigError(
+            f"task.model.pretrained: {differing} of the dataset's {total} tokens mean something else in "
+            f"the tokenizer of {str(model_folder)!r}",
+            "prepare the dataset with this model's tokenizer",
+        )
 
 
 def token_bytes(tokenizer: Any) -> npt.NDArray[np.int64] | None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from modelyard.errors import ConfigError, DataError, InputError, IntegrityError
-from modelyard.tasks import saving
-from modelyard.tasks.base import Objective, Task
+from modelyard.errors import ConfigError, DataError, InputError
+from modelyard.tasks.base import Objective
 from modelyard.tasks.classification_metrics import accuracy, macro_f1
+from modelyard.tasks.own_network import OwnNetwork, answering, refuse_options
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
@@ -21,19 +21,21 @@ if TYPE_CHECKING:
 
 PIXELS, LABEL = "pixels", "label"
 """Columns of an image dataset: (n, C, H, W) uint8 and (n,) int64."""
-WEIGHTS = "model.safetensors"
 
 
-class ImageClassification(Task):
-    """A small network from scratch on images of one size, (C, H, W) uint8 pixels."""
+class ImageClassification(OwnNetwork):
+    """A network from scratch on images of one size, (C, H, W) uint8 pixels."""
 
     kind: Literal["image_classification"] = "image_classification"
-    architecture: Literal["cnn", "mlp"] = "cnn"
-    """`cnn`: convolutions with pooling, then two dense layers. `mlp`: the two dense layers alone."""
+    architecture: Literal["cnn", "mlp", "linear", "resnet18", "vit_tiny"] = "cnn"
+    """`cnn`: convolutions with pooling, then two dense layers. `mlp`: the two dense layers alone. `linear`: one layer,
+    the baseline. `resnet18` (He et al. 2016) and `vit_tiny` (Touvron et al. 2021): by transformers."""
     channels: tuple[int, ...] = Field(default=(32, 64), min_length=1)
     """Output channels of each convolution (cnn only)."""
     hidden: int = Field(default=128, gt=0)
-    """Width of the dense layer before the scores."""
+    """Width of the dense layer before the scores (cnn and mlp only)."""
+    patch: int = Field(default=4, gt=0)
+    """Side of a patch in pixels (vit_tiny only)."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout before the scores."""
 
@@ -51,7 +53,12 @@ class ImageClassification(Task):
             raise DataError(f"the dataset names {len(info.classes)} classes", "a classifier needs at least 2")
         if self.architecture == "cnn" and min(self.channels) < 1:
             raise ConfigError(f"task.channels: {self.channels} holds a number below 1")
-        _image_shape(info)
+        _, height, width = _image_shape(info)
+        if self.architecture == "vit_tiny" and (height % self.patch or width % self.patch):
+            raise ConfigError(
+                f"task.patch={self.patch} does not divide images of {height} x {width} pixels",
+                "choose a patch that does, or prepare the dataset with another image size",
+            )
 
     def build(self, info: DatasetInfo, dataset_folder: Path | None) -> nn.Module:
         from modelyard.tasks import image_models
@@ -60,6 +67,12 @@ class ImageClassification(Task):
         shape, classes = _image_shape(info), len(info.classes)
         if self.architecture == "mlp":
             model = image_models.mlp(shape, self.hidden, classes, self.dropout)
+        elif self.architecture == "linear":
+            model = image_models.linear(shape, classes)
+        elif self.architecture == "resnet18":
+            model = image_models.resnet18(shape, classes)
+        elif self.architecture == "vit_tiny":
+            model = image_models.vit_tiny(shape, classes, self.patch, self.dropout)
         else:
             model = image_models.cnn(shape, self.channels, self.hidden, classes, self.dropout)
         remembering: Any = model
@@ -117,33 +130,6 @@ class ImageClassification(Task):
         net: Any = model
         return 3 * forward_flops(model, net.image_shape)
 
-    def save(
-        self,
-        model: nn.Module,
-        folder: Path,
-        dataset_folder: Path,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = model.state_dict() if state is None else state
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
-        saving.write_task(folder, self, saving.read_info(dataset_folder))
-
-    def load(self, folder: Path, info: DatasetInfo) -> nn.Module:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        saving.require_safe_weights(folder)
-        model = self.build(info, None)
-        try:
-            model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise IntegrityError(f"{str(folder / WEIGHTS)!r} does not hold this model: {error}") from error
-        return model.eval()
-
     def predict(self, model: nn.Module, inputs: Sequence[Any], **options: Any) -> list[Any]:
         """The class number and its probability for each image, a (C, H, W) uint8 array.
 
@@ -152,8 +138,7 @@ class ImageClassification(Task):
         """
         import torch
 
-        if options:
-            raise InputError(f"image_classification has no option {sorted(options)[0]!r}", "it takes none")
+        refuse_options(self.kind, options)
         net: Any = model
         for image in inputs:
             if tuple(np.shape(image)) != tuple(net.image_shape):
@@ -164,15 +149,29 @@ class ImageClassification(Task):
         if not inputs:
             return []
         pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in inputs]))
-        training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                shares = model(pixels.to(next(model.parameters()).device)).float().softmax(dim=1)
-        finally:
-            model.train(training)
+        with answering(model) as where:
+            shares = model(pixels.to(where)).float().softmax(dim=1)
         best = shares.max(dim=1)
         return [{"label": int(i), "probability": float(p)} for p, i in zip(*best, strict=True)]
+
+    def parse_input(self, text: str) -> Any:
+        return read_image(text)
+
+
+def read_image(path: str) -> np.ndarray:
+    """The pixels of an image file, (1, H, W) for grey and (3, H, W) for other pictures, uint8.
+
+    Raises:
+        ConfigError: it is no image file.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"{path!r} is not an image file: {error}") from error
+    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
 
 def _image_shape(info: DatasetInfo) -> tuple[int, ...]:

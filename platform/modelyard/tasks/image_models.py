@@ -1,4 +1,4 @@
-"""Small image classifiers of our own.
+"""Image classifiers: small ones of our own, and two well-known ones out of transformers.
 
 Group and layer normalisation only: batch statistics would depend on how many workers share a batch.
 """
@@ -29,7 +29,7 @@ class Standardize(nn.Module):
 class Classifier(nn.Module):
     """A body that turns standardised pixels into class scores, in the dtype of its own weights."""
 
-    def __init__(self, body: nn.Sequential) -> None:
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.standardize = Standardize()
         self.body = body
@@ -65,6 +65,64 @@ def mlp(shape: Sequence[int], hidden: int, classes: int, dropout: float) -> Clas
     """Two dense layers on the pixels themselves."""
     depth, height, width = shape
     return Classifier(nn.Sequential(nn.Flatten(), *_head(depth * height * width, hidden, classes, dropout)))
+
+
+def linear(shape: Sequence[int], classes: int) -> Classifier:
+    """One dense layer on the pixels: what any other network has to beat."""
+    depth, height, width = shape
+    return Classifier(nn.Sequential(nn.Flatten(), nn.Linear(depth * height * width, classes)))
+
+
+class Logits(nn.Module):
+    """A model of transformers, of whose answer only the scores are kept."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) float -> (B, classes) scores."""
+        scores: Tensor = self.net(pixel_values=pixels).logits
+        return scores
+
+
+def resnet18(shape: Sequence[int], classes: int) -> Classifier:
+    """ResNet-18 (He et al. 2016), group normalisation in place of batch statistics (Wu and He 2018)."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=shape[0],
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        num_labels=classes,
+    )
+    net = ResNetForImageClassification(config)
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, nn.GroupNorm(_groups(child.num_features), child.num_features))
+    return Classifier(Logits(net))
+
+
+def vit_tiny(shape: Sequence[int], classes: int, patch: int, dropout: float) -> Classifier:
+    """A vision transformer of 12 layers, width 192 and 3 heads (Dosovitskiy et al. 2021; Touvron et al. 2021)."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=192,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=768,
+        hidden_dropout_prob=dropout,
+        image_size=tuple(shape[1:]),
+        patch_size=patch,
+        num_channels=shape[0],
+        num_labels=classes,
+        attn_implementation="sdpa",
+    )
+    return Classifier(Logits(ViTForImageClassification(config)))
 
 
 def _head(inputs: int, hidden: int, classes: int, dropout: float) -> list[nn.Module]:

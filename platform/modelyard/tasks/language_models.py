@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from modelyard.config import Config
 from modelyard.errors import ConfigError, IntegrityError
+from modelyard.tasks.compact import Compact, load_compact, read_compact
 from modelyard.tasks.saving import require_safe_weights
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 ATTENTION = "sdpa"
 """torch's scaled-dot-product attention: FlashAttention on GPUs, a fused kernel on CPUs."""
+
+
+_NOISY = ("torchao", "torch.utils._pytree")  # torchao, where it is installed, reports kernels for other machines
 
 
 class LlamaModel(Config):
@@ -174,6 +178,8 @@ def load_folder(folder: Path, dtype: Any = "auto") -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     require_safe_weights(folder)
+    if (compact := read_compact(folder)) is not None:
+        return _load_compact(folder, compact)
     try:
         with quiet_progress():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -196,15 +202,35 @@ def load_folder(folder: Path, dtype: Any = "auto") -> nn.Module:
     return result
 
 
+def _load_compact(folder: Path, compact: Compact) -> nn.Module:
+    """The model of a folder with `compact.json`, fp32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # for other readers of the same files
+    with quiet_progress():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    model.config._name_or_path = str(folder)
+    return load_compact(model, folder, compact)
+
+
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Keep transformers' progress bars out of the run's own display."""
+    """Keep transformers' progress bars, and the notes of packages that it imports, out of the run's own display."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    noisy = [logging.logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.logging.ERROR)
     try:
         yield
     finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
         if shown:
             logging.enable_progress_bar()

@@ -17,7 +17,7 @@ from modelyard.config import Config
 from modelyard.data.dataset import Dataset
 from modelyard.errors import DataError
 from modelyard.tasks import Task, load_model, read_task
-from modelyard.tasks.classification_metrics import ClassScore, class_scores
+from modelyard.tasks.classification_metrics import ClassScore
 from modelyard.training.bootstrap import Interval, Stats, bootstrap
 
 logger = logging.getLogger(__name__)
@@ -180,11 +180,7 @@ def summarize(subject: Subject, data: tuple[VersionInfo, Dataset], stats: Stats,
     """Metrics with intervals, and the per-class table of a classifier, from the statistics of all rows."""
     version, dataset = data
     metrics = bootstrap(subject.task.metrics, stats, samples=plan.samples, confidence=plan.confidence, seed=plan.seed)
-    classes: tuple[ClassRow, ...] = ()
-    if "label" in stats and "prediction" in stats:
-        names = dataset.info.classes
-        scores = class_scores(stats["label"], stats["prediction"], len(names))
-        classes = tuple(ClassRow(name, score) for name, score in zip(names, scores, strict=True))
+    classes = tuple(ClassRow(name, score) for name, score in subject.task.class_table(stats, dataset.info))
     return EvaluationResult(
         model=subject.version,
         dataset=version,

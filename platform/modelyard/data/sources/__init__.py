@@ -34,6 +34,22 @@ class Picture(NamedTuple):
     """Name of its class."""
 
 
+class Sentence(NamedTuple):
+    """A text with its class, or a sequence of words with their tags."""
+
+    text: str | tuple[str, ...] | None
+    """The text, or its words; None when it cannot be read."""
+    label: str | tuple[str, ...]
+    """Name of the class, or of each word's tag."""
+
+
+class Numbers(NamedTuple):
+    """One row of numbers."""
+
+    features: tuple[float, ...]
+    targets: tuple[float, ...]
+
+
 @functools.singledispatch
 def plan(source: Any, **_: Any) -> list[Part]:
     """The parts of a source, in order; runs on the driver and finds what is wrong before work starts.
@@ -47,10 +63,13 @@ def plan(source: Any, **_: Any) -> list[Part]:
 
 @functools.singledispatch
 def read(source: Any, part: Part, **_: Any) -> Iterator[Any]:
-    """The documents (`str`, or None when unreadable) or `Picture`s of one part, in order; runs on a worker."""
+    """What one part holds, in order; runs on a worker.
+
+    Documents (`str`, or None when unreadable), `Picture`s, `Sentence`s, `Numbers`, or Arrow tables.
+    """
     raise NotImplementedError(type(source).__name__)
 
 
 def load_all() -> None:
     """Register every source; call before `plan` and `read` (a worker starts with nothing imported)."""
-    from modelyard.data.sources import images, parquet, pydocs, text  # noqa: F401
+    from modelyard.data.sources import chats, images, parquet, pydocs, sentences, tables, text  # noqa: F401

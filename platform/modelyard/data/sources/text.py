@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from modelyard.data.cleaning import decode
@@ -34,9 +34,14 @@ def read_text(source: TextFiles, part: Part) -> Iterator[str | None]:
 
 @plan.register
 def plan_jsonl(source: JsonLines) -> list[Part]:
+    """See `plan_json_lines`."""
+    return plan_json_lines(source.paths)
+
+
+def plan_json_lines(files: Sequence[str]) -> list[Part]:
     """Ranges of bytes; a line belongs to the range in which it begins. Compressed files stay whole."""
     parts = []
-    for file in paths.find_files(source.paths, ["*.jsonl", "*.jsonl.gz", "*.ndjson"]):
+    for file in paths.find_files(files, ["*.jsonl", "*.jsonl.gz", "*.ndjson"]):
         ranges = range(0, file.size_bytes, _RANGE_BYTES) if not _is_gzip(file.uri) else range(1)
         parts += [Part(file.uri, start, start + _RANGE_BYTES) for start in ranges]
     return parts
@@ -49,6 +54,16 @@ def read_jsonl(source: JsonLines, part: Part) -> Iterator[str | None]:
     Raises:
         DataError: a line is not a JSON object, or lacks the column (file, place and keys are named).
     """
+    for where, row in read_json_lines(part, skip_undecodable=False):
+        yield None if row is None else _text_of(row, source.text_column, where)
+
+
+def read_json_lines(part: Part, *, skip_undecodable: bool = True) -> Iterator[tuple[str, Any]]:
+    """The place and the object of each line that is not blank; None for a line that is no UTF-8, unless skipped.
+
+    Raises:
+        DataError: a line is not a JSON object.
+    """
     for place, line in _lines(part):
         if line.isspace():
             continue
@@ -56,16 +71,17 @@ def read_jsonl(source: JsonLines, part: Part) -> Iterator[str | None]:
         try:
             row = json.loads(line.decode("utf-8-sig" if place == 0 else "utf-8"))
         except UnicodeDecodeError:
-            yield None
+            if not skip_undecodable:
+                yield where, None
             continue
         except ValueError as error:
             raise DataError(f"{where}: the line is not JSON: {error}", "one JSON object per line is needed") from None
-        yield _text_of(row, source.text_column, where)
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: the line holds a {type(row).__name__}", "one JSON object per line is needed")
+        yield where, row
 
 
-def _text_of(row: Any, column: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: the line holds a {type(row).__name__}", "one JSON object per line is needed")
+def _text_of(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
         raise DataError(f"{where}: no column {column!r}; it has: {', '.join(row)}", "set source.text_column")
     value = row[column]

@@ -1,0 +1,280 @@
+"""What the tasks on whole texts share: an encoder from scratch or from a folder, its tokenizer, saving and loading."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from modelyard.config import Config
+from modelyard.errors import ConfigError, DataError, IntegrityError
+from modelyard.tasks import saving
+from modelyard.tasks.base import Task
+from modelyard.tasks.compact import Compact, load_compact, read_compact
+from modelyard.tasks.generation import require_same_tokenizer
+from modelyard.tasks.language_models import ATTENTION, PretrainedModel, quiet_progress, read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor, device, nn
+
+    from modelyard.data.dataset import DatasetInfo
+
+TOKENS, LENGTH = "input_ids", "length"
+"""Columns of labelled and tagged text: (n, T) token ids padded at the end, and (n,) how many count."""
+_LAYER = re.compile(r"\.layers?\.\d+\.")
+
+
+class BertModel(Config):
+    """A BERT encoder from scratch (Devlin et al. 2019)."""
+
+    architecture: Literal["bert"] = "bert"
+    layers: int = Field(default=4, gt=0)
+    hidden_size: int = Field(default=128, gt=0)
+    heads: int = Field(default=4, gt=0)
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide hidden_size={self.hidden_size}")
+        return self
+
+
+def _source(value: Any) -> str:
+    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    return "pretrained" if "pretrained" in given else "bert"
+
+
+EncoderSource = Annotated[
+    Annotated[BertModel, Tag("bert")] | Annotated[PretrainedModel, Tag("pretrained")], Discriminator(_source)
+]
+
+
+class EncoderTask(Task, ABC):
+    """A task whose model is an encoder of transformers with a head; saved as a Hugging Face folder."""
+
+    model: EncoderSource = BertModel()
+    """An encoder from scratch (`architecture: bert`, sizes) or one to go on from (`pretrained: FOLDER`)."""
+
+    format: ClassVar[str]
+    """The format of dataset it is trained on."""
+    auto_class: ClassVar[str]
+    """Name of the class in transformers that puts the head on."""
+
+    def check(self, info: DatasetInfo) -> None:
+        if info.format != self.format or info.vocab_size is None or info.block_tokens is None:
+            raise DataError(
+                f"task {self.kind} needs a dataset of {self.format}, this one holds {info.format}",
+                f"prepare one with source.kind `{self.format}`",
+            )
+        if isinstance(self.model, PretrainedModel):
+            vocabulary, positions = self.model.limits(info)
+            if info.vocab_size > vocabulary:
+                raise ConfigError(
+                    f"task.model: the dataset's tokenizer has {info.vocab_size} tokens, the model only {vocabulary}",
+                    "prepare the dataset with this model's tokenizer",
+                )
+            if positions is not None and info.block_tokens > positions:
+                raise ConfigError(
+                    f"task.model: rows have {info.block_tokens} tokens, the model sees {positions} at most",
+                    "lower sentences.max_tokens and prepare the dataset again",
+                )
+
+    def bases(self) -> tuple[str, ...]:
+        name = self.model.pretrained if isinstance(self.model, PretrainedModel) else ""
+        return (name,) if name.startswith("models:/") else ()
+
+    def with_bases(self, folders: Mapping[str, Path]) -> Task:
+        changed = {name: self.with_changes(model={"pretrained": str(folders[name])}) for name in self.bases()}
+        return next(iter(changed.values()), self)
+
+    def build(self, info: DatasetInfo, dataset_folder: Path | None) -> nn.Module:
+        self.check(info)
+        names = dict(enumerate(info.classes))
+        if isinstance(self.model, BertModel):
+            model = self._from_scratch(self.model, info, names)
+        else:
+            if dataset_folder is not None and info.tokenizer is not None:
+                require_same_tokenizer(self.model.folder(), dataset_folder / info.tokenizer)
+            model = self._from_folder(self.model.folder(), id2label=names, label2id={v: k for k, v in names.items()})
+        remembering: Any = model
+        remembering.row_tokens = info.block_tokens
+        return model
+
+    def _from_scratch(self, source: BertModel, info: DatasetInfo, names: dict[int, str]) -> nn.Module:
+        import transformers
+
+        config = transformers.BertConfig(
+            vocab_size=info.vocab_size,
+            hidden_size=source.hidden_size,
+            num_hidden_layers=source.layers,
+            num_attention_heads=source.heads,
+            intermediate_size=4 * source.hidden_size,
+            hidden_dropout_prob=source.dropout,
+            attention_probs_dropout_prob=source.dropout,
+            max_position_embeddings=info.block_tokens,
+            pad_token_id=None,
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            attn_implementation=ATTENTION,
+        )
+        built: nn.Module = getattr(transformers, self.auto_class).from_config(config)
+        return built
+
+    def _from_folder(self, folder: Path, **options: Any) -> nn.Module:
+        """The folder's encoder in fp32; the head may be new, the layers must be there.
+
+        Raises:
+            IntegrityError: weights are damaged or missing.
+        """
+        import torch
+        import transformers
+        from safetensors import SafetensorError
+
+        saving.require_safe_weights(folder)
+        try:
+            with quiet_progress(), _quiet_report():
+                model, report = getattr(transformers, self.auto_class).from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    attn_implementation=ATTENTION,
+                    output_loading_info=True,
+                    **options,
+                )
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+            raise IntegrityError(f"the model in {str(folder)!r} cannot be loaded: {error}") from error
+        missing = sorted(name for name in map(str, report["missing_keys"]) if _LAYER.search(name) or not options)
+        if missing:
+            raise IntegrityError(
+                f"{str(folder)!r} lacks {len(missing)} of the weights its config.json asks for, e.g. {missing[0]!r}",
+                "a part of it would start from random numbers; fetch the folder again",
+            )
+        built: nn.Module = model
+        return built
+
+    def _from_compact(self, folder: Path, compact: Compact) -> nn.Module:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # for other readers of the same files
+        with quiet_progress():
+            model = getattr(transformers, self.auto_class).from_config(config, attn_implementation=ATTENTION)
+        return load_compact(model, folder, compact)
+
+    def _inputs(self, rows: Mapping[str, np.ndarray], where: device | str) -> dict[str, Tensor]:
+        """Token ids and lengths, cut to the longest of these rows: padding costs time and changes nothing."""
+        import torch
+
+        longest = max(1, int(rows[LENGTH].max(initial=1)))
+        tokens = torch.from_numpy(rows[TOKENS][:, :longest].astype(np.int64))
+        lengths = torch.from_numpy(rows[LENGTH].astype(np.int64))
+        return {TOKENS: tokens.to(where), LENGTH: lengths.to(where)}
+
+    def check_saved(self, folder: Path, trained: DatasetInfo, info: DatasetInfo, dataset_folder: Path) -> None:
+        super().check_saved(folder, trained, info, dataset_folder)
+        if trained.classes != info.classes:
+            raise DataError(
+                f"the model knows the classes {', '.join(trained.classes[:8])}, "
+                f"the dataset {', '.join(info.classes[:8])}",
+                "measure it on a dataset with the same classes",
+            )
+        if info.tokenizer is not None:
+            require_same_tokenizer(folder, dataset_folder / info.tokenizer)
+
+    def flops_per_row(self, model: nn.Module) -> float:
+        """6 per weight and token of a full row, and `12 * layers * width * T` per token for attention."""
+        net: Any = model
+        tokens = int(net.row_tokens)
+        looked_up = {id(module.weight) for module in model.modules() if type(module).__name__ == "Embedding"}
+        weights = sum(
+            math.prod(shape)
+            for p in model.parameters()
+            if len(shape := getattr(p, "ds_shape", p.shape)) == 2 and id(p) not in looked_up
+        )
+        return float(tokens * (6 * weights + 12 * net.config.num_hidden_layers * net.config.hidden_size * tokens))
+
+    def enable_activation_checkpointing(self, model: nn.Module) -> None:
+        net: Any = model
+        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def save(
+        self,
+        model: nn.Module,
+        folder: Path,
+        dataset_folder: Path,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """A Hugging Face folder (any such tool reads it) with the dataset's tokenizer and `task.json`."""
+        net: Any = model
+        info = saving.read_info(dataset_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with quiet_progress():
+            net.save_pretrained(folder, state_dict=dict(model.state_dict() if state is None else state))
+        if info.tokenizer is not None:
+            saving.copy_tokenizer(dataset_folder / info.tokenizer, folder)
+        saving.write_task(folder, self, info)
+
+    def load(self, folder: Path, info: DatasetInfo) -> nn.Module:
+        read_config(folder)
+        compact = read_compact(folder)
+        model: Any = self._from_folder(folder) if compact is None else self._from_compact(folder, compact)
+        model.row_tokens = info.block_tokens
+        model.tokenizer_file = folder / "tokenizer.json"
+        loaded: nn.Module = model
+        return loaded.eval()
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Keep transformers' table of new and unused weights out of the run's display: a new head is expected here."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def encode(model: nn.Module, texts: Sequence[Any], *, pretokenized: bool, tokenizer: Path | None = None) -> list[Any]:
+    """The encodings of texts (or of lists of words) by the tokenizer the model was loaded with, or that file.
+
+    Raises:
+        DataError: the model has none.
+    """
+    from modelyard.data.sentences import padding_encoder
+
+    net: Any = model
+    file = tokenizer or getattr(net, "tokenizer_file", None)
+    if file is None or not Path(file).is_file():
+        raise DataError("the model has no tokenizer", "load it with `modelyard.tasks.load_model`")
+    bpe = padding_encoder(Path(file).read_text(encoding="utf-8"), net.row_tokens)
+    found: list[Any] = bpe.encode_batch(list(texts), is_pretokenized=pretokenized)
+    return found
+
+
+def rows_of(encodings: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Encodings as the columns that a dataset has."""
+    return {
+        TOKENS: np.array([one.ids for one in encodings], dtype=np.int64),
+        LENGTH: np.array([sum(one.attention_mask) for one in encodings], dtype=np.int64),
+    }
+
+
+def attention_mask(batch: Mapping[str, Tensor]) -> Tensor:
+    """1 for the tokens that count, 0 for padding, (B, T) int64."""
+    import torch
+
+    places = torch.arange(batch[TOKENS].shape[1], device=batch[TOKENS].device)
+    return (places < batch[LENGTH][:, None]).long()
