@@ -79,6 +79,11 @@ class Engine:
         module: torch.nn.Module = self._engine.module
         return module
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, trainable or not."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+
     def backward(self, row_losses_b: torch.Tensor, *, is_last: bool, measure_rows: int = 0) -> None:
         """Add the gradient of the global batch's mean loss that comes from these rows, shape (B,).
 

@@ -32,7 +32,7 @@ from modelyard.training.deepspeed_config import check_passthrough
 from modelyard.training.history import History
 from modelyard.training.interrupts import Interrupted, grouped, interruptible, original_error
 from modelyard.training.leased import Selectors, check_lease, request_of, train_on
-from modelyard.training.monitor import Record, stop_request
+from modelyard.training.monitor import Record, is_closing, stop_request
 from modelyard.training.progress import Progress
 from modelyard.training.run_folder import RunFolder
 from modelyard.training.summary import loss_curve
@@ -98,7 +98,7 @@ def train(
     elif overrides:
         raise ConfigError("overrides go with the path of a config file", "use config.with_changes(...)")
     with ExitStack() as stack:
-        launch = _Launch(config)
+        launch = Launch(config)
         stack.enter_context(runs.exclusive(settings().home, launch.run_id))
         if (done := launch.finished()) is not None:
             return done
@@ -106,45 +106,46 @@ def train(
         return launch.run([sink for sink in (show, on_record) if sink is not None])
 
 
-class _Launch:
-    """One attempt to bring a run to its end."""
+class Launch:
+    """One attempt to bring a run to its end. Made by `train`, and by the trials of a study."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, dataset: tuple[str, str] | None = None) -> None:
+        """`dataset`: reference and digest of the dataset in the store, where they are known already."""
         check_passthrough(config.training.deepspeed)
         check_lease(config)
         self._config = config
         self._settings = settings()
         self._store = Store.from_settings()
         self._registry = Registry.from_settings()
-        self._dataset_reference, self._dataset_digest, folder = self._find_dataset()
-        self._check_data(Dataset.open(folder))
+        self.dataset = dataset or self._find_dataset()
+        self._check_data(Dataset.open(self._store.open("dataset", self.dataset[1])))
         self._bases = {name: self._registry.resolve(name, kind="model").digest for name in config.task.bases()}
-        files = self._store.manifest("dataset", self._dataset_digest).files
+        files = self._store.manifest("dataset", self.dataset[1]).files
         self._identity = runs.identity(config, files, self._bases)
         all_runs = RunFolder(f"{self._store.uri}/runs")
         self.run_id = runs.choose_run(all_runs, config, self._identity)
-        self._folder = all_runs.sub(self.run_id)
+        self.folder = all_runs.sub(self.run_id)
 
     def finished(self) -> Run | None:
         """The run as it ended, when it has ended before."""
-        if self._folder.read(runs.FINISHED) is None:
+        if self.folder.read(runs.FINISHED) is None:
             return None
         logger.warning("run %s has finished before; nothing to do", self.run_id)
-        record, trained = self._record(), self._result()
+        record, trained = self._record(), self.result()
         assert record is not None
         assert trained is not None
         return self._registered(trained, record.tracking_run_id or "")
 
     def run(self, sinks: list[OnRecord]) -> Run:
         """Train (unless only the registration is missing), register, mark as finished."""
-        trained = self._result()
-        with self._admitted() if trained is None else nullcontext() as monitor:
+        trained = self.result()
+        with self.admitted() if trained is None else nullcontext() as monitor:
             return self._tracked(trained, monitor, sinks)
 
     def _tracked(self, trained: Trained | None, monitor: Any, sinks: list[OnRecord]) -> Run:
         tracker = self._tracker()
         try:
-            trained = trained or self._train(monitor, [*sinks, _to(tracker)])
+            trained = trained or self.train(monitor, [*sinks, _to(tracker)])
             done = self._registered(trained, tracker.run_id)
             if done.loss_curve is not None:
                 tracker.log_file(done.loss_curve)
@@ -155,15 +156,15 @@ class _Launch:
             tracker.finish("FAILED")
             raise
         tracker.finish("FINISHED")
-        self._folder.write(runs.FINISHED, b'{"model": "%s"}' % done.model.encode())
+        self.folder.write(runs.FINISHED, b'{"model": "%s"}' % done.model.encode())
         return done
 
-    def _find_dataset(self) -> tuple[str, str, Path]:
-        """Reference, digest and verified local folder of the dataset; a plain folder is stored first."""
+    def _find_dataset(self) -> tuple[str, str]:
+        """Reference and digest of the dataset; a plain folder is stored first."""
         name = self._config.dataset
         if name.startswith("datasets:/"):
-            version, folder = self._registry.open(name, kind="dataset")
-            return version.reference, version.digest, folder
+            version = self._registry.resolve(name, kind="dataset")
+            return version.reference, version.digest
         folder = Path(name).expanduser()
         if not folder.is_dir():
             raise ConfigError(
@@ -172,7 +173,7 @@ class _Launch:
             )
         Dataset.open(folder)
         manifest = self._store.put(folder, kind="dataset", name=self._config.name)
-        return str(folder), manifest.digest(), self._store.open("dataset", manifest.digest())
+        return str(folder), manifest.digest()
 
     def _check_data(self, dataset: Dataset) -> None:
         config = self._config
@@ -184,10 +185,11 @@ class _Launch:
             dataset.split(split)
 
     def _record(self) -> runs.RunRecord | None:
-        return runs.read_record(self._folder)
+        return runs.read_record(self.folder)
 
-    def _result(self) -> Trained | None:
-        data = self._folder.read(runs.RESULT)
+    def result(self) -> Trained | None:
+        """What the workers left, once they have finished."""
+        data = self.folder.read(runs.RESULT)
         return None if data is None else Trained.model_validate_json(data)
 
     def _tracker(self) -> Tracker:
@@ -196,15 +198,35 @@ class _Launch:
         if record is not None and record.tracking_run_id is not None:
             return Tracker.resume(record.tracking_run_id)
         plain = self._config.model_dump(mode="json")
-        tracker = Tracker.start(self._config.name, self.run_id, plain, {"modelyard.dataset": self._dataset_digest})
-        record = runs.RunRecord(
-            run_id=self.run_id, identity=self._identity, config=plain, tracking_run_id=tracker.run_id
-        )
-        self._folder.write(runs.RUN_RECORD, record.model_dump_json(indent=1).encode())
+        tracker = Tracker.start(self._config.name, self.run_id, plain, {"modelyard.dataset": self.dataset[1]})
+        self.write_record(tracker.run_id)
         return tracker
 
+    def write_record(self, tracking_run_id: str | None = None) -> None:
+        """Write who the run is; the workers look for it."""
+        record = runs.RunRecord(
+            run_id=self.run_id,
+            identity=self._identity,
+            config=self._config.model_dump(mode="json"),
+            tracking_run_id=tracking_run_id,
+        )
+        self.folder.write(runs.RUN_RECORD, record.model_dump_json(indent=1).encode())
+
+    def job(self) -> Job:
+        """What the run's workers must know."""
+        reference, digest = self.dataset
+        return Job(
+            config=self._config,
+            run_id=self.run_id,
+            run_uri=self.folder.uri,
+            store=self._store.uri,
+            dataset_digest=digest,
+            bases=self._bases,
+            dataset_reference=reference,
+        )
+
     @contextmanager
-    def _admitted(self) -> Iterator[Any]:
+    def admitted(self) -> Iterator[Any]:
         """The run's monitor, on a cluster that can hold the workers. A run refused here leaves no record."""
         self._store.check_writable()
         for name, value in RAY_TRAIN_ENVIRONMENT.items():
@@ -227,17 +249,9 @@ class _Launch:
         finally:
             ray.kill(monitor)
 
-    def _train(self, monitor: Any, sinks: list[OnRecord]) -> Trained:
+    def train(self, monitor: Any, sinks: list[OnRecord]) -> Trained:
         """Run the gang under Ray Train; shows its records while it goes."""
-        job = Job(
-            config=self._config,
-            run_id=self.run_id,
-            run_uri=self._folder.uri,
-            store=self._store.uri,
-            dataset_digest=self._dataset_digest,
-            bases=self._bases,
-            dataset_reference=self._dataset_reference,
-        )
+        job = self.job()
         if self._config.lease is None:
             with _Follower(monitor, sinks):
                 return self._attempt(monitor, job, None)
@@ -253,8 +267,8 @@ class _Launch:
         try:
             return self._attempt(monitor, job, selectors)
         except (Interrupted, WaitTimeoutError):
-            if selectors is None:
-                raise  # there is no scheduler that could give another
+            if selectors is None or is_closing(monitor):
+                raise  # there is no scheduler that could give another, or nobody who would use it
             return None
 
     def _attempt(self, monitor: Any, job: Job, selectors: Selectors | None) -> Trained:
@@ -267,7 +281,7 @@ class _Launch:
             {"job": job.model_dump(mode="json"), "monitor": monitor},
             job.config,
             monitor=monitor,
-            storage_uri=f"{self._folder.uri}/ray",
+            storage_uri=f"{self.folder.uri}/ray",
             selectors=selectors,
         )
         try:
@@ -311,7 +325,7 @@ class _Launch:
         )
 
     def _history(self) -> History:
-        folder = self._folder.sub("checkpoints")
+        folder = self.folder.sub("checkpoints")
         committed = CheckpointStore(folder).committed()
         data = folder.read(f"{committed[-1].name}/history.parquet") if committed else None
         return History() if data is None else History.from_parquet(data)

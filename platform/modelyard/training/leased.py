@@ -56,7 +56,7 @@ def train_on(lease: Lease, fit: Callable[[Selectors | None], T | None], ask_to_s
     """
     while True:
         selectors = None if lease.is_local else [labels for _, labels in lease.bundles]
-        with _watched(lease, ask_to_stop):
+        with watched(lease, ask_to_stop):
             result = fit(selectors)
         if result is not None:
             return result
@@ -69,7 +69,8 @@ def train_on(lease: Lease, fit: Callable[[Selectors | None], T | None], ask_to_s
 
 
 @contextmanager
-def _watched(lease: Lease, ask_to_stop: Callable[[str], None]) -> Iterator[None]:
+def watched(lease: Lease, ask_to_stop: Callable[[str], None]) -> Iterator[None]:
+    """While the body runs, call `ask_to_stop` (again and again) once the lease must be given back."""
     over = threading.Event()
 
     def watch() -> None:

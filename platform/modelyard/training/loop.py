@@ -103,6 +103,8 @@ class TrainLoop:
                 verdict = self._agree() if last or (step + 1) % training.log_every_steps == 0 else None
                 improved_enough = self._validate_if_due(last)
                 self._checkpoint_if_due(last, verdict)
+                if parts.reporter is not None:
+                    parts.reporter.at_boundary(self.state.step)
                 if verdict is not None and verdict.interrupt and not last:
                     self._leave(verdict.interrupt)
                 if verdict is not None and verdict.stop:

@@ -120,6 +120,9 @@ class Reporter:
         with self._lock:
             self._queue.append({"kind": kind, "time_s": time.time(), **values})
 
+    def at_boundary(self, step: int) -> None:
+        """Called by the loop after each step, once what is due there (validation, checkpoint) has been done."""
+
     def close(self) -> None:
         """Push what is left and stop."""
         self._closing.set()

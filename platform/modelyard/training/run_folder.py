@@ -45,6 +45,19 @@ class RunFolder:
             inside = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
         return sorted(info.base_name for info in inside if info.type == pafs.FileType.Directory)
 
+    def files(self) -> list[str]:
+        """Names of the files directly inside, sorted; none when there is no such folder."""
+        with filesystem.translate_errors(self.uri):
+            inside = self._fs.get_file_info(pafs.FileSelector(self._root, allow_not_found=True))
+        return sorted(info.base_name for info in inside if info.type == pafs.FileType.File)
+
+    def copy(self, name: str, target: RunFolder) -> None:
+        """Copy the file `name` to the same name in `target`."""
+        source, destination = f"{self._root}/{name}", f"{target._root}/{name}"
+        with filesystem.translate_errors(f"{self.uri}/{name}"):
+            target._fs.create_dir(destination.rpartition("/")[0], recursive=True)
+            pafs.copy_files(source, destination, source_filesystem=self._fs, destination_filesystem=target._fs)
+
     def put(self, source: Path, name: str) -> FileEntry:
         """Move a local file in: a rename where `source` is on the same disk, else an upload."""
         local = self.local

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,23 @@ class Restored:
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Entry point on each worker under Ray Train. Returns `Trained` as plain data."""
     try:
-        return _Worker(parse(Job, payload["job"]), payload["monitor"]).run().model_dump()
+        job, entered_s = parse(Job, payload["job"]), time.time()
+        gang = _join(job.config)
+        reporter = Reporter(payload["monitor"]) if gang.is_main else None
+        return _Worker(job, gang, reporter, _is_preempted, entered_s).run().model_dump()
+    except Exception as error:
+        note_place(error)
+        raise
+
+
+def train_alone(job: Job, reporter: Reporter) -> Trained:
+    """A whole run in this process, without Ray Train: for a gang of one that has to start fast.
+
+    May be called again in the same process, with another job.
+    """
+    entered_s = time.time()
+    try:
+        return _Worker(job, _gang_of_one(job.config), reporter, lambda: False, entered_s).run()
     except Exception as error:
         note_place(error)
         raise
@@ -96,15 +113,18 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 class _Worker:
     """One worker's life in one gang."""
 
-    def __init__(self, job: Job, monitor: Any) -> None:
-        self._marks = {"entered": time.time()}
+    def __init__(
+        self, job: Job, gang: Gang, reporter: Reporter | None, is_preempted: Callable[[], bool], entered_s: float
+    ) -> None:
+        self._marks = {"entered": entered_s}
         self._job = job
         self._config = job.config
-        self._gang = _join(job.config)
+        self._gang = gang
+        self._is_preempted = is_preempted
         self._mark("joined")
         self._folder = RunFolder(job.run_uri)
         self._checkpoints = CheckpointStore(self._folder.sub("checkpoints"))
-        self._reporter = Reporter(monitor) if self._gang.is_main else None
+        self._reporter = reporter
         self._attempt = self._gang.from_main(uuid.uuid4().hex[:8])
 
     def run(self) -> Trained:
@@ -122,7 +142,7 @@ class _Worker:
             self._mark("engine")
             writer = self._writer(stack)
             loop = TrainLoop(self._parts(dataset, engine, writer, restored), self._state(restored))
-            self._announce(loop.state, restored)
+            self._announce(loop.state, restored, engine)
             loop.run()
             engine, model_step = self._best(loop.state, engine, dataset, dataset_folder, scratch)
             return self._publish(loop, engine, model_step, dataset, dataset_folder, scratch)
@@ -240,11 +260,11 @@ class _Worker:
             writer=writer,
             history=history,
             reporter=self._reporter,
-            is_preempted=_is_preempted,
+            is_preempted=self._is_preempted,
             peak_flops=peak,
         )
 
-    def _announce(self, state: TrainState, restored: Restored | None) -> None:
+    def _announce(self, state: TrainState, restored: Restored | None, engine: Engine) -> None:
         if self._reporter is None:
             return
         times = list(self._marks.items())
@@ -254,6 +274,7 @@ class _Worker:
                 "step": state.step,
                 "num_workers": self._gang.num_workers,
                 "universal": restored is not None and restored.is_universal,
+                "parameters": engine.num_parameters,
                 "entered_s": self._marks["entered"],
                 **{f"{name}_s": at - before for (_, before), (name, at) in itertools.pairwise(times)},
             },
@@ -331,6 +352,22 @@ class _Worker:
                 f"the store {self._job.store} is not visible on node {self._gang.node_id}",
                 "set MODELYARD_STORE to an object store (s3://bucket/prefix) or to a folder that all nodes share",
             )
+
+
+def _gang_of_one(config: TrainConfig) -> Gang:
+    """A gang that is this process alone, on its first GPU if it asks for one, and DeepSpeed ready for it."""
+    import ray
+    import torch.distributed as dist
+
+    if config.workers.gpus == 0:
+        torch.set_num_threads(max(1, int(config.workers.cpus)))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; Ray Train sets it in gangs
+    import_deepspeed().init_distributed(dist_init_required=False)
+    device = torch.device("cuda", 0) if config.workers.gpus > 0 else torch.device("cpu")
+    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    return Gang(rank=0, num_workers=1, device=device, node_id=node_id)
 
 
 def _join(config: TrainConfig) -> Gang:
