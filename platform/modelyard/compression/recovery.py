@@ -1,0 +1,106 @@
+"""Training between and after steps: a run of the training core that starts from the model as it is now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from modelyard.artifacts import Parent, Registry
+from modelyard.artifacts.manifest import MANIFEST_NAME
+from modelyard.compression.recipe import Distill, Recovery, Train
+from modelyard.compression.workspace import Workspace, copy_beside, require_plain
+from modelyard.tasks import read_task
+from modelyard.tasks.compact import StoredLayer
+from modelyard.tasks.refined import Refined
+from modelyard.tasks.saving import write_task
+
+
+def distill(work: Workspace, step: Distill) -> Workspace:
+    """Train the model as it is now on a teacher's answers."""
+    require_plain(work, "distill")
+    return recover(work, step.training)
+
+
+def train(work: Workspace, step: Train) -> Workspace:
+    """Train the model as it is now."""
+    require_plain(work, "train")
+    return recover(work, step.training)
+
+
+def recover(
+    work: Workspace,
+    recovery: Recovery,
+    *,
+    keep_zeros: bool = False,
+    rounded: Mapping[str, StoredLayer] | None = None,
+) -> Workspace:
+    """Train the model as it is now, of whatever shapes, and go on with the result.
+
+    What it starts from and what comes out are registered as `<name>-steps`: workers on other nodes fetch them, and the
+    result's family tree shows them.
+
+    Raises:
+        TrainingError: the workers failed.
+        InputError: the cluster cannot hold them, or the dataset does not fit.
+    """
+    from modelyard.training import train as run_training
+    from modelyard.training.config import TrainConfig
+
+    registry = Registry.from_settings()
+    name = f"{work.name}-steps"
+    start = _registered(work, registry, name)
+    distillation = recovery.distillation
+    if distillation is not None and distillation.teacher is None:
+        distillation = distillation.with_changes(teacher=work.source.reference)
+    task = Refined(
+        task=work.task,
+        start=start,
+        keep_zeros=keep_zeros,
+        rounded=dict(rounded or {}),
+        distillation=distillation,
+    )
+    config = TrainConfig.model_validate(
+        {
+            "name": name,
+            "dataset": work.dataset_version.reference,
+            "task": task.model_dump(),
+            "seed": work.recipe.seed,
+            "workers": recovery.workers.model_dump(),
+            "training": {
+                "max_steps": recovery.steps,
+                "global_batch_size": recovery.global_batch_size,
+                "micro_batch_size": recovery.micro_batch_size,
+                "zero_stage": recovery.zero_stage,
+                "precision": recovery.precision,
+                "noise_every_steps": 0,
+            },
+            "optimizer": recovery.optimizer.model_dump(),
+            "schedule": recovery.schedule.model_dump(),
+            "validation": {"max_rows": 64, "final_split": "validation"},
+        }
+    )
+    run = run_training(config)
+    trained = registry.open(run.model, kind="model")[1]
+    folder = work.new_folder("trained")
+    for path in sorted(trained.iterdir()):
+        if path.is_file() and path.name != MANIFEST_NAME:
+            (folder / path.name).write_bytes(path.read_bytes())
+    copy_beside(work.folder, folder)
+    write_task(folder, work.task, read_task(work.folder)[1])
+    figure = work.task.objective[0]
+    before, after = run.initial_metrics.get(figure), run.metrics.get(figure)
+    change = f", {figure} {before:.4g} -> {after:.4g}" if before is not None and after is not None else ""
+    return work.moved(folder, f"{run.steps} steps of training{change}")
+
+
+def _registered(work: Workspace, registry: Registry, name: str) -> str:
+    """Reference of the model as it is now: the source's own, or a new version of `name`."""
+    if work.folder == work.source_folder:
+        return work.source.reference
+    manifest = registry.store.put(
+        work.folder,
+        kind="model",
+        name=name,
+        parents=(Parent(reference=work.source.reference, digest=work.source.digest),),
+        config={"recipe": work.recipe.model_dump(mode="json")},
+    )
+    return registry.register(manifest).reference

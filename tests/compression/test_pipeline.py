@@ -1,0 +1,172 @@
+"""From a registered model and a recipe to a registered result, or to a refusal that names the limit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.compression.conftest import Folders
+
+from modelyard.artifacts import Registry
+from modelyard.compression import Recipe, compress
+from modelyard.compression.measuring import Figures
+from modelyard.compression.recipe import Limits
+from modelyard.compression.report import Report, broken_limits
+from modelyard.data.dataset import Dataset
+from modelyard.errors import ConfigError, DataError, LimitError
+from modelyard.tasks import load_model
+
+INT8 = {"kind": "quantize", "codes": "int8", "granularity": "group", "group_size": 32}
+QUICK = {"rows": 8, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1}
+Register = Callable[[Folders, str], tuple[str, str]]
+
+
+def recipe(dataset: str, *steps: dict[str, Any], **more: Any) -> Recipe:
+    return Recipe.model_validate({"dataset": dataset, "steps": steps, "measuring": QUICK, **more})
+
+
+def test_a_language_model_in_a_smaller_one_out_and_served(
+    language: Folders, registered: Register, registry: Registry
+) -> None:
+    pytest.importorskip("torchao")
+    pytest.importorskip("openvino_genai")
+    model, dataset = registered(language, "tiny")
+    limits = {"max_perplexity_increase": 0.02, "min_size_ratio": 3.0}
+    done = compress(model, recipe(dataset, INT8, name="tiny-int8", target={"engine": "openvino"}, limits=limits))
+    assert done.model == "models:/tiny-int8/1"
+    version, folder = registry.open(done.model)
+    assert version.metrics["compression/size_ratio"] == pytest.approx(done.report.size_ratio)
+    manifest = registry.store.manifest("model", version.digest)
+    assert [parent.reference for parent in manifest.parents] == [model, dataset]
+    assert done.picture.read_bytes().startswith(b"\x89PNG")
+    task, loaded = load_model(folder)
+    assert len(task.predict(loaded, ["The for statement"], max_new_tokens=4, temperature=0)[0]) > 0
+    assert _served_answer(done.model, registry)
+
+
+def _served_answer(reference: str, registry: Registry) -> list[int]:
+    from modelyard.serving.engines.choice import Machine
+    from modelyard.serving.loading import describe, load
+    from modelyard.serving.protocol import EngineRequest, Sampling
+    from modelyard.serving.server_config import ModelConfig
+
+    config = ModelConfig(reference=reference, cache_mib=16, context_tokens=64)
+    entry = describe(config, registry, Machine.here())
+    assert entry.choice.engine in ("openvino", "vllm")
+
+    async def ask() -> list[int]:
+        served: Any = load(entry, threads=1)
+        try:
+            sampling = Sampling(temperature=0.0, max_tokens=4)
+            return [
+                n async for tokens in served.engine.stream(EngineRequest("1", [5, 6, 7], sampling)) for n in tokens.ids
+            ]
+        finally:
+            await served.close()
+
+    return asyncio.run(ask())
+
+
+def test_a_result_that_breaks_a_limit_is_not_registered(
+    language: Folders, registered: Register, registry: Registry
+) -> None:
+    model, dataset = registered(language, "tiny")
+    ruin = {"kind": "prune", "sparsity": 0.95}
+    with pytest.raises(LimitError, match=r"max_perplexity_increase=0\.02: perplexity rose by"):
+        compress(model, recipe(dataset, ruin, name="ruined", limits={"max_perplexity_increase": 0.02}))
+    assert registry.versions("model", "ruined") == []
+
+
+def test_a_classifier_is_measured_on_onnx(digits: Folders, registered: Register, registry: Registry) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, dataset = registered(digits, "digits")
+    export = {"kind": "export", "format": "onnx", "quantize": "int8_static", "verify_rows": 64}
+    measuring = {"repeats": 1}
+    done = compress(
+        model,
+        recipe(dataset, export, target={"engine": "onnx"}, measuring=measuring, limits={"max_accuracy_drop": 0.01}),
+    )
+    assert done.model == "models:/digits-compressed/1"
+    assert done.report.after.peak_memory_mib < done.report.before.peak_memory_mib
+    assert done.report.latency_ratio > 1
+    task, loaded = load_model(registry.open(done.model)[1])
+    images = Dataset.open(digits.dataset).split("test").read(np.arange(4))["pixels"]
+    assert len(task.predict(loaded, list(images))) == 4
+
+
+def test_the_wrong_dataset_is_refused_before_any_work(language: Folders, digits: Folders, registered: Register) -> None:
+    model, _ = registered(language, "tiny")
+    _, dataset = registered(digits, "digits")
+    with pytest.raises(DataError, match="the model was trained on tokens, the dataset holds images"):
+        compress(model, recipe(dataset, INT8))
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ({"kind": "quantize", "codes": "int4", "activations": "static"}, "weights only"),
+        ({"kind": "prune", "criterion": "movement"}, "give `training`"),
+        ({"kind": "shrink"}, "nothing to remove"),
+        ({"kind": "shrink", "mlp": 0.5, "rounds": 3}, "without `training`"),
+        ({"kind": "export", "format": "gguf", "quantize": "int4"}, "takes quantize none"),
+        ({"kind": "distill", "training": {"distillation": {"student_text": 0.8, "teacher_text": 0.8}}}, "above 1"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_when_they_are_read(
+    tmp_path: Path, step: dict[str, Any], problem: str
+) -> None:
+    import yaml
+
+    from modelyard.config import load
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"dataset": "datasets:/d", "steps": [step]}))
+    with pytest.raises(ConfigError, match=problem):
+        load(Recipe, path)
+
+
+def figures(**changes: Any) -> Figures:
+    plain: dict[str, Any] = {
+        "engine": "torch",
+        "size_bytes": 400,
+        "quality": {"perplexity": 10.0, "accuracy": 0.99},
+        "latency_p50_ms": 10.0,
+        "latency_p99_ms": 20.0,
+        "first_token_ms": 30.0,
+        "per_s": 100.0,
+        "per_cpu_s": 100.0,
+        "scored_per_cpu_s": 1000.0,
+        "peak_memory_mib": 300.0,
+    }
+    return Figures(**{**plain, **changes})
+
+
+def test_every_limit_is_judged_with_both_numbers() -> None:
+    worse = figures(size_bytes=200, quality={"perplexity": 11.0}, latency_p99_ms=50.0, per_cpu_s=120.0)
+    report = Report(("perplexity", "min"), figures(), worse, "token")
+    limits = Limits(
+        max_perplexity_increase=0.02, min_size_ratio=3, min_speedup=1.8, max_p99_ms=40, max_peak_memory_mib=200
+    )
+    broken = broken_limits(report, limits)
+    assert [line.partition(":")[0] for line in broken] == [
+        "max_perplexity_increase=0.02",
+        "min_size_ratio=3",
+        "min_speedup=1.8",
+        "max_p99_ms=40",
+        "max_peak_memory_mib=200",
+    ]
+    assert "rose by 0.1" in broken[0]
+    wide = Limits(max_perplexity_increase=0.2, min_size_ratio=1.5, min_speedup=1.1)
+    assert broken_limits(report, wide) == []
+
+
+def test_accuracy_is_judged_in_points() -> None:
+    worse = figures(quality={"accuracy": 0.97})
+    report = Report(("accuracy", "max"), figures(), worse, "image")
+    assert broken_limits(report, Limits(max_accuracy_drop=0.005))
+    assert not broken_limits(report, Limits(max_accuracy_drop=0.03))
