@@ -117,3 +117,10 @@ def test_without_a_cluster_to_join_it_says_how_to_start_one(monkeypatch: pytest.
     monkeypatch.setattr(ray, "init", fails)
     with pytest.raises(NotFoundError, match="ray start --head"):
         connect_existing()
+
+
+def test_an_address_at_which_nothing_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(NotFoundError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
+        connect_existing()

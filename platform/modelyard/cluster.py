@@ -6,8 +6,10 @@ Everything that decides reads a tuple of `Node` values; only `RayCluster` asks R
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
+from modelyard.config import settings
 from modelyard.errors import ConfigError, NotFoundError, StartError
 
 if TYPE_CHECKING:
@@ -25,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 LAUNCHED_BY = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` puts the cluster's config on the head."""
+LAPTOP_FILE = "laptop.json"
+"""What `modelyard up` keeps of its cluster, below `MODELYARD_HOME`."""
+_REACH_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -146,14 +152,21 @@ class RayCluster:
 def connect(**options: Any) -> RuntimeContext:
     """Join the Ray cluster this process belongs to, or start a local one; no-op when already connected.
 
-    As with `ray.init`: `RAY_ADDRESS` (set inside `ray job submit`) names the cluster; without it a cluster that was
-    started on this machine is joined; else, or with `RAY_ADDRESS=local`, one is started for this process, without a
-    dashboard.
+    As with `ray.init`: `RAY_ADDRESS` (set inside `ray job submit`) names the cluster; without it that of
+    `modelyard up`, or another one that was started on this machine, is joined; else, or with `RAY_ADDRESS=local`, one
+    is started for this process, without a dashboard.
+
+    Raises:
+        NotFoundError: nothing answers at the address.
+        StartError: Ray did not start.
     """
     import ray
 
     if not ray.is_initialized():
         _quiet_ray()
+        _find_laptop()
+        _check_reachable()
+        _show_token()
         if os.environ.get("RAY_ADDRESS", "local") == "local" and "address" not in options:
             options = {"include_dashboard": False, **options}
         try:
@@ -199,11 +212,49 @@ def _groups_in(path: Path) -> tuple[NodeGroup, ...]:
         ) from error
 
 
+def _find_laptop() -> None:
+    """Name the cluster that `modelyard up` started, if it answers and the environment names no other."""
+    if "RAY_ADDRESS" in os.environ:
+        return
+    try:
+        address = str(json.loads((settings().home / LAPTOP_FILE).read_text())["address"])
+        host, _, port = address.partition(":")
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    os.environ["RAY_ADDRESS"] = address
+
+
 def _quiet_ray() -> None:
     """Defaults for a fresh session; whatever the user set stays."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
+def _check_reachable() -> None:
+    """Whether anything listens at `RAY_ADDRESS`; Ray itself would try for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdigit()) or "//" in address:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise NotFoundError(
+            f"no Ray cluster answers at {address}: {error}",
+            "set RAY_ADDRESS to its head's address and port, or unset it to use the one on this machine",
+        ) from None
+
+
+def _show_token() -> None:
+    """Use the token that is there. A local cluster asks for it; others ignore it."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_MODE" not in os.environ and (os.environ.get("RAY_AUTH_TOKEN") or path.is_file()):
+        from ray._raylet import Config  # type: ignore[attr-defined]
+
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray read its settings when it was imported
 
 
 def _label_matches(actual: str | None, wanted: str) -> bool:

@@ -51,10 +51,12 @@ _S3 = "from pyarrow.fs import S3FileSystem; print('FACTS{}')"
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option("--cluster", is_flag=True, help="Look for what a stranger could use of the cluster here instead.")
+@click.option("--address", help="With --cluster: its dashboard; by default that of this machine.")
 @click.pass_context
-def doctor(context: click.Context, as_json: bool) -> None:
+def doctor(context: click.Context, as_json: bool, cluster: bool, address: str | None) -> None:
     """Check this machine and say what to do. Exit code 1 when something fails."""
-    findings = checks(gather())
+    findings = _cluster_findings(address) if cluster else checks(gather())
     failed = any(finding.status == "fail" for finding in findings)
     if as_json:
         report = {"ok": not failed, "findings": [finding._asdict() for finding in findings]}
@@ -62,6 +64,16 @@ def doctor(context: click.Context, as_json: bool) -> None:
     else:
         _print(findings)
     context.exit(1 if failed else 0)
+
+
+def _cluster_findings(address: str | None) -> list[Finding]:
+    from modelyard.cli import doctor_cluster
+    from modelyard.clusters import laptop
+
+    here, found = laptop.current(), _ray_cluster()
+    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or (here.dashboard if here else "http://127.0.0.1:8265")
+    gcs = here.address if here else found.address if found and found.reachable and "://" not in found.address else ""
+    return doctor_cluster.findings(doctor_cluster.gather(url, gcs, is_one_machine=here is not None))
 
 
 def _print(findings: list[Finding]) -> None:
@@ -104,7 +116,11 @@ def gather() -> Facts:
             open_files=_open_files(),
             s3_error=s3.result().get("error", ""),
             tracking=Endpoint(_masked(tracking_uri), tracking.result()),
-            variables={name: _masked(text) for name, text in os.environ.items() if name.startswith("MODELYARD_")},
+            variables={
+                name: "set" if name.endswith("PASSPHRASE") else _masked(text)
+                for name, text in os.environ.items()
+                if name.startswith("MODELYARD_")
+            },
         )
 
 

@@ -33,9 +33,15 @@ class Entry(NamedTuple):
 
 
 COMMANDS: dict[str, Entry] = {
+    "backup": Entry("modelyard.cli.backup:backup", "Back up, verify and restore registry, artifacts and journal."),
+    "certs": Entry("modelyard.cli.certs:certs", "Make and rotate the cluster's certificates and its token."),
+    "cluster": Entry("modelyard.cli.cluster:cluster", "Check cluster files: labels, machines, what jobs could get."),
     "completion": Entry("modelyard.cli.completion:completion", "Print the completion script of a shell."),
+    "compress": Entry("modelyard.cli.compress:compress_command", "Make a model smaller and faster, and register it."),
     "data": Entry("modelyard.cli.data:data", "Prepare and inspect datasets."),
     "doctor": Entry("modelyard.cli.doctor:doctor", "Check this machine and say what to do."),
+    "down": Entry("modelyard.cli.up:down", "Stop the cluster that `up` started."),
+    "drain": Entry("modelyard.cli.drain:drain", "Empty a node: jobs checkpoint and move, replicas move."),
     "evaluate": Entry("modelyard.cli.evaluate:evaluate", "Measure a model on held-out data."),
     "keys": Entry("modelyard.cli.keys:keys", "Make, list and revoke the API keys of served models."),
     "models": Entry(
@@ -48,9 +54,17 @@ COMMANDS: dict[str, Entry] = {
     "queue": Entry("modelyard.cli.queue:queue", "Show and steer the jobs that wait and run."),
     "quota": Entry("modelyard.cli.quota:quota", "Show and set what tenants may hold."),
     "scheduler": Entry("modelyard.cli.scheduler:scheduler", "Start, stop and repair the cluster's scheduler."),
-    "serve": Entry("modelyard.cli.serve:serve", "Serve models behind an OpenAI-compatible gateway."),
+    "serve": Entry(
+        "modelyard.cli.serve:serve",
+        "Serve models behind an OpenAI-compatible gateway.",
+        {"cascade": "modelyard.cli.cascade:cascade"},
+    ),
     "simulate": Entry("modelyard.cli.simulate:simulate", "Replay a workload through scheduling policies."),
+    "status": Entry("modelyard.cli.up:status", "Show the cluster that `up` started: nodes, pools, dashboard."),
+    "submit": Entry("modelyard.cli.submit:submit", "Run a job on a cluster and follow it."),
     "train": Entry("modelyard.cli.train:train_command", "Train a model and register it."),
+    "tune": Entry("modelyard.cli.tune:tune_group", "Search over fields of a training config; show and resume studies."),
+    "up": Entry("modelyard.cli.up:up", "Start a cluster: on this laptop, or from a cluster file."),
 }
 
 

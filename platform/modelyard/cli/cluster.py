@@ -1,0 +1,103 @@
+"""`modelyard cluster`: check cluster files before anything is started from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from modelyard.cli import tables
+
+if TYPE_CHECKING:
+    from modelyard.clusters.check import Problem
+    from modelyard.clusters.demand import Offer
+    from modelyard.clusters.files import ClusterFile
+
+_file = click.argument("file", type=click.Path(path_type=Path))
+
+
+@click.group()
+def cluster() -> None:
+    """Check cluster files, and help `ray up` on your own machines."""
+
+
+@cluster.command()
+@_file
+@click.option(
+    "--configs",
+    type=click.Path(path_type=Path),
+    default=Path("jobs/configs"),
+    show_default=True,
+    help="Folder of job configs to find room for.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(file: Path, configs: Path, as_json: bool) -> int:
+    """Validate FILE offline, and print what each job's config could get on it. Exit code 2 when it cannot work."""
+    from modelyard.clusters import demand, files
+    from modelyard.clusters.check import check as problems_of
+
+    read = files.read(file)
+    problems = problems_of(read)
+    offers = [demand.offer(each, read.node_types) for each in demand.demands(configs)]
+    if as_json:
+        report = {
+            "kind": read.kind,
+            "problems": [problem._asdict() for problem in problems],
+            "jobs": {each.demand.name: {"fits": each.fits, "workers": dict(each.workers)} for each in offers},
+        }
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _print(read, problems, offers)
+    return 2 if any(problem.level == "error" for problem in problems) else 0
+
+
+@cluster.command("node-flags", hidden=True)
+@_file
+def node_flags(file: Path) -> None:
+    """Print the flags for `ray start` on this machine, as metadata.hosts of FILE has them."""
+    from modelyard.clusters import files
+    from modelyard.clusters.certs import own_addresses
+
+    click.echo(" ".join(files.host_flags(files.read(file), {str(address) for address in own_addresses()})))
+
+
+def _print(read: ClusterFile, problems: list[Problem], offers: list[Offer]) -> None:
+    from modelyard.clusters.instances import known
+
+    table = tables.table("node type", "pool", "tier", "site", "machine", "nodes", "CPUs", "accelerators")
+    for each in read.node_types:
+        instance = known(read.kind).get(each.instance or "")
+        accelerator = instance.accelerator if instance else None
+        gpus = int(each.resources.get("GPU", 0))
+        name = each.labels.get("ray.io/accelerator-type", "GPU")
+        memory = f" {accelerator.memory_gib} GiB" if accelerator else ""
+        count = f"{each.min_count}..{each.max_count}" if each.max_count > 1 or not each.min_count else "1"
+        cells = [each.pool, each.labels.get("modelyard/tier", "-"), each.labels.get("modelyard/site", "-")]
+        cells += [each.instance or "-", "1" if each.is_head else count, f"{each.resources.get('CPU', 0):g}"]
+        tables.add_row(table, each.name, *cells, (f"{gpus} x {name}{memory}" if gpus else "-") + " spot" * each.is_spot)
+    tables.console().print(table)
+    click.echo()
+    table = tables.table("job config", "kind", "asks for", "could get")
+    for offer in offers:
+        tables.add_row(table, offer.demand.name, offer.demand.kind, *_row(offer))
+    tables.console().print(table)
+    for problem in problems:
+        click.echo(click.style(f"{problem}", fg="red" if problem.level == "error" else "yellow"))
+    errors = sum(problem.level == "error" for problem in problems)
+    click.echo(f"\n{read.path}: {errors} errors, {len(problems) - errors} warnings")
+
+
+def _row(offer: Offer) -> tuple[str, str]:
+    demand = offer.demand
+    if demand.kind == "invalid":
+        return demand.note, "-"
+    workers = f"{demand.min_workers}" + (f"..{demand.max_workers}" if demand.max_workers > demand.min_workers else "")
+    each = ", ".join(f"{amount:g} {name}" for name, amount in demand.per_worker.items())
+    asks = f"{workers} x ({each})" + (f" in {demand.selector}" if demand.selector else "")
+    if not offer.fits:
+        best = max(offer.workers.values(), default=0)
+        return asks, f"nothing: at most {best} of {demand.min_workers} workers in one pool"
+    good = {pool: count for pool, count in offer.workers.items() if count >= demand.min_workers}
+    return asks, ", ".join(f"{count} in {pool}" for pool, count in good.items())

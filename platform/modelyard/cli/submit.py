@@ -1,0 +1,136 @@
+"""`modelyard submit`: run a job script on a cluster and follow it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("script", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--cluster", "file", type=click.Path(path_type=Path), help="Its `ray up` file: go through ssh.")
+@click.option("--address", help="Its dashboard, e.g. http://127.0.0.1:8265; by default RAY_API_SERVER_ADDRESS.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="File of the cluster's token.")
+@click.option("--working-dir", type=click.Path(path_type=Path), help="Folder to send; by default the repository.")
+@click.option("--env", "environment", multiple=True, metavar="NAME=VALUE", help="A variable of the job.")
+@click.option("--tenant", help="Who pays: lease.tenant of the config.")
+@click.option("--priority", type=int, help="lease.priority of the config.")
+@click.option("--pools", help="lease.pools of the config, most wanted first, by commas.")
+@click.option("--id", "submission_id", help="Name of the job; by default Ray makes one.")
+@click.option("--installed", is_flag=True, help="Run the Modelyard that the nodes have, not the code that is here.")
+@click.option("--detach", is_flag=True, help="Return once the job is accepted.")
+@click.option("--timeout-s", default=60.0, show_default=True, help="Longest wait for the way to the cluster.")
+def submit(
+    script: Path,
+    arguments: tuple[str, ...],
+    file: Path | None,
+    address: str | None,
+    token_file: Path | None,
+    working_dir: Path | None,
+    environment: tuple[str, ...],
+    tenant: str | None,
+    priority: int | None,
+    pools: str | None,
+    submission_id: str | None,
+    installed: bool,
+    detach: bool,
+    timeout_s: float,
+) -> int:
+    """Run SCRIPT with ARGUMENTS on a cluster, print what it prints, and exit with its exit code.
+
+    Ctrl-C stops watching; the job goes on.
+    """
+    from modelyard.clusters import submit as jobs
+
+    chosen = None if pools is None else "[" + pools + "]"
+    job = jobs.prepare(
+        script,
+        arguments,
+        working_dir,
+        {"tenant": tenant, "priority": priority, "pools": chosen},
+        environment={**_laptop_variables(file, address), **_pairs(environment)},
+        with_code=not installed,
+        submission_id=submission_id,
+    )
+    with _way(file, address, timeout_s) as url:
+        client = jobs.connect(url, _token(file, token_file))
+        job_id = jobs.start(client, job, url)
+        click.echo(f"job {job_id}: {job.entrypoint}", err=True)
+        if detach:
+            click.echo(job_id)
+            return 0
+        try:
+            code = jobs.follow(client, job_id, lambda text: click.echo(text, nl=False))
+        except KeyboardInterrupt:
+            click.echo(f"\njob {job_id} goes on; ray job logs --follow {job_id}, ray job stop {job_id}", err=True)
+            return 130
+        click.echo(f"job {job_id}: " + ("done" if code == 0 else f"exit code {code}"), err=True)
+        return code
+
+
+def _pairs(words: tuple[str, ...]) -> dict[str, str]:
+    from modelyard.errors import ConfigError
+
+    found = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator or not name.isidentifier():
+            raise ConfigError(f"--env {word!r} sets nothing", "write --env NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def _laptop_variables(file: Path | None, address: str | None) -> dict[str, str]:
+    """On this machine a job uses the artifacts and records of the shell it was sent from."""
+    from modelyard.clusters import laptop
+
+    if file is not None or address is not None or laptop.current() is None:
+        return {}
+    names = ("MODELYARD_HOME", "MODELYARD_STORE", "MODELYARD_TRACKING_URI")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+@contextlib.contextmanager
+def _way(file: Path | None, address: str | None, timeout_s: float) -> Iterator[str]:
+    from modelyard.clusters import files, laptop, tunnel
+    from modelyard.errors import ConfigError, NotFoundError
+
+    if file is not None and address is not None:
+        raise ConfigError("--cluster and --address name two clusters", "give one of them")
+    if file is not None:
+        with tunnel.dashboard(files.read(file), timeout_s) as forwarded:
+            yield forwarded
+        return
+    url = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    if url is None and (here := laptop.current()) is not None:
+        url = here.dashboard
+    if url is None:
+        raise NotFoundError(
+            "no cluster is named, and none runs here", "give --cluster FILE, or start one: modelyard up"
+        )
+    yield url
+
+
+def _token(file: Path | None, token_file: Path | None) -> str | None:
+    """The token: from the named file, the environment, the cluster's folder, or where Ray keeps it."""
+    from modelyard.clusters import certs
+    from modelyard.errors import NotFoundError
+
+    if token_file is not None and not token_file.exists():
+        raise NotFoundError(f"no token file {str(token_file)!r}", "it is made by modelyard certs create")
+    if token_file is None and (given := os.environ.get("RAY_AUTH_TOKEN")):
+        return given
+    named = token_file or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    places = [Path(named)] if named else []
+    places += [certs.default_folder() / certs.TOKEN] if file is not None else []
+    places.append(Path.home() / ".ray" / "auth_token")
+    return next((found for place in places if (found := _read(place))), None)
+
+
+def _read(place: Path) -> str | None:
+    return place.read_text().strip() if place.exists() else None

@@ -1,0 +1,1 @@
+"""Clusters from files: check them, start them, reach them, keep them closed."""

@@ -1,0 +1,382 @@
+"""The certificates and the token of a cluster: one authority, a certificate for each node, checked on both sides.
+
+`create` makes the authority and the token in a folder on the machine of who starts clusters. The folder goes to every
+node, where `issue` makes the node's own certificate for the addresses it has. Ray checks that the address it calls
+is in the certificate, so a certificate is of no use on another machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import ipaddress
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from modelyard.config import settings
+from modelyard.errors import ConfigError, NotFoundError, StorageError
+
+CA_CERT, CA_KEY, TOKEN, SETTINGS = "ca.crt", "ca.key", "token", "settings.env"
+NODE_CERT, NODE_KEY, NODE_ENV = "node.crt", "node.key", "node.env"
+CA_DAYS = 5 * 365
+NODE_DAYS = 365
+RENEW_BEFORE_DAYS = 30
+SECRET = (CA_KEY, TOKEN, SETTINGS, NODE_KEY, NODE_ENV)
+"""Files that only their owner may read."""
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True)
+class Status:
+    """One certificate, or the token, as found."""
+
+    file: Path
+    subject: str
+    names: tuple[str, ...]
+    """Addresses and host names it holds for."""
+    expires: dt.datetime | None
+    problem: str = ""
+    todo: str = ""
+
+    @property
+    def days_left(self) -> int | None:
+        """Whole days until it ends; negative when it has ended."""
+        return None if self.expires is None else (self.expires - _now()).days
+
+
+def default_folder() -> Path:
+    """`~/.modelyard/cluster`, or below `MODELYARD_HOME`."""
+    return settings().home / "cluster"
+
+
+def own_addresses() -> list[Address]:
+    """The addresses of this machine's interfaces, loopback first."""
+    import psutil  # type: ignore[import-untyped]
+
+    found = set()
+    for interface in psutil.net_if_addrs().values():
+        for each in interface:
+            if each.family in (socket.AF_INET, socket.AF_INET6) and "%" not in each.address:
+                found.add(ipaddress.ip_address(each.address))
+    return sorted(found, key=lambda address: (not address.is_loopback, address.version, int(address)))
+
+
+def create(folder: Path, name: str = "modelyard", environment: Sequence[tuple[str, str]] = ()) -> None:
+    """Make an authority, a token, and the settings that every node gets.
+
+    Args:
+        folder: where; it may exist, but must hold no authority yet.
+        name: shown in the certificates.
+        environment: variables for every process of the cluster.
+
+    Raises:
+        ConfigError: there is an authority already.
+    """
+    if (folder / CA_KEY).exists() or (folder / CA_CERT).exists():
+        raise ConfigError(
+            f"{str(folder)!r} holds an authority already",
+            "modelyard certs rotate replaces it without a gap; modelyard certs show tells more",
+        )
+    _make_folder(folder)
+    certificate, key = _authority(name)
+    _write(folder / CA_KEY, _key_bytes(key))
+    _write(folder / CA_CERT, _bytes(certificate), 0o644)
+    _write(folder / TOKEN, secrets.token_hex(32).encode())
+    lines = [f"export {variable}={_quoted(value)}\n" for variable, value in environment]
+    _write(folder / SETTINGS, "".join(lines).encode())
+
+
+def rotate(folder: Path, *, is_last_step: bool = False, also_token: bool = False) -> None:
+    """Replace the authority in two steps; meanwhile nodes with old and with new certificates trust each other.
+
+    First step: a new authority; the old one stays trusted. Then every node gets the folder and a new certificate
+    (`modelyard up FILE`). Last step: the old authority goes.
+
+    Raises:
+        ConfigError: the last step before the first, or the first twice.
+    """
+    trusted = _trusted(folder)
+    if is_last_step:
+        if len(trusted) == 1:
+            raise ConfigError("only one authority is trusted, so there is nothing to finish", "first: certs rotate")
+        _write(folder / CA_CERT, _bytes(trusted[0]), 0o644)
+        return
+    if len(trusted) > 1:
+        raise ConfigError(
+            "a rotation is under way: two authorities are trusted",
+            "give every node its new certificate (modelyard up FILE), then: modelyard certs rotate --finish",
+        )
+    certificate, key = _authority(_name_of(trusted[0].subject))
+    _write(folder / CA_CERT, _bytes(certificate) + _bytes(trusted[0]), 0o644)
+    _write(folder / CA_KEY, _key_bytes(key))
+    if also_token:
+        _write(folder / TOKEN, secrets.token_hex(32).encode())
+
+
+def issue(
+    folder: Path,
+    addresses: Sequence[Address] | None = None,
+    authority: Path | None = None,
+    days: int = NODE_DAYS,
+    *,
+    forget: bool = False,
+) -> bool:
+    """Make this node's certificate and the file of variables that turns TLS and the token on for Ray.
+
+    A certificate that is still good for these addresses is kept.
+
+    Args:
+        folder: where they go.
+        addresses: that other nodes may call this one by; by default all of its interfaces.
+        authority: the folder of the authority, when it is another one.
+        days: how long the certificate holds.
+        forget: remove the authority's key afterwards; only the head needs it, to hand it to new nodes.
+
+    Returns:
+        Whether a new one was made.
+
+    Raises:
+        NotFoundError: the folder holds no authority.
+        ConfigError: the authority has expired, or its key can be read by others.
+    """
+    source = authority or folder
+    trusted = _trusted(source)
+    wanted = list(addresses) if addresses is not None else own_addresses()
+    _make_folder(folder)
+    is_new = not _is_good(folder, trusted[0], wanted)
+    if is_new:
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = _signed(key, trusted[0], _authority_key(source), wanted, days)
+        _write(folder / NODE_KEY, _key_bytes(key))
+        _write(folder / NODE_CERT, _bytes(certificate), 0o644)
+    if source != folder:
+        _write(folder / CA_CERT, (source / CA_CERT).read_bytes(), 0o644)
+        if (source / TOKEN).exists():
+            _write(folder / TOKEN, (source / TOKEN).read_bytes())
+    _write(folder / NODE_ENV, _environment(folder).encode())
+    if forget:
+        (folder / CA_KEY).unlink(missing_ok=True)
+    return is_new
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """What Ray must find in its environment on a node with this folder."""
+    return {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": str(folder / NODE_CERT),
+        "RAY_TLS_SERVER_KEY": str(folder / NODE_KEY),
+        "RAY_TLS_CA_CERT": str(folder / CA_CERT),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def token_of(folder: Path) -> str | None:
+    """The token in a folder; None when there is none."""
+    try:
+        return (folder / TOKEN).read_text().strip() or None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"the token cannot be read: {error}", "run this as its owner") from error
+
+
+def inspect(folder: Path) -> list[Status]:
+    """Every certificate and secret in a folder, with what is wrong with each.
+
+    Raises:
+        NotFoundError: the folder holds no authority.
+    """
+    trusted = _trusted(folder)
+    found = [_status(folder / CA_CERT, each, None) for each in trusted]
+    if (folder / NODE_CERT).exists():
+        found.append(_status(folder / NODE_CERT, _load(folder / NODE_CERT)[0], trusted))
+    for name in SECRET:
+        path = folder / name
+        if path.exists():
+            loose = path.stat().st_mode & 0o077
+            problem = f"mode {path.stat().st_mode & 0o777:04o}: others can read it" if loose else ""
+            found.append(Status(path, "secret", (), None, problem, f"chmod 600 {path}" if loose else ""))
+    return found
+
+
+def _status(path: Path, certificate: x509.Certificate, trusted: Sequence[x509.Certificate] | None) -> Status:
+    expires = certificate.not_valid_after_utc
+    days, problem, todo = (expires - _now()).days, "", ""
+    if days < 0:
+        problem, todo = "expired", "modelyard certs rotate" if trusted is None else "modelyard certs node"
+    elif days < RENEW_BEFORE_DAYS:
+        problem, todo = f"expires in {days} days", "modelyard certs " + ("rotate" if trusted is None else "node")
+    if trusted is not None and not any(_is_signed_by(certificate, each) for each in trusted):
+        problem, todo = "signed by another authority, so no other node will talk to this one", "modelyard certs node"
+    return Status(path, _name_of(certificate.subject), tuple(_names(certificate)), expires, problem, todo)
+
+
+def _is_good(folder: Path, authority: x509.Certificate, wanted: Iterable[Address]) -> bool:
+    if not (folder / NODE_CERT).exists() or not (folder / NODE_KEY).exists():
+        return False
+    certificate = _load(folder / NODE_CERT)[0]
+    fresh = (certificate.not_valid_after_utc - _now()).days >= RENEW_BEFORE_DAYS
+    return (
+        fresh and _is_signed_by(certificate, authority) and {str(each) for each in wanted} <= set(_names(certificate))
+    )
+
+
+def _authority(name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    uses = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+    builder = (
+        _builder(subject, subject, key.public_key(), CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(uses, critical=True)
+    )
+    return builder.sign(key, hashes.SHA256()), key
+
+
+def _signed(
+    key: ec.EllipticCurvePrivateKey,
+    authority: x509.Certificate,
+    authority_key: ec.EllipticCurvePrivateKey,
+    addresses: Sequence[Address],
+    days: int,
+) -> x509.Certificate:
+    left = (authority.not_valid_after_utc - _now()).days
+    if left < 1:
+        raise ConfigError("the cluster's authority has expired", "modelyard certs rotate, then modelyard up FILE")
+    host = socket.gethostname()[:64] or "node"
+    names: list[x509.GeneralName] = [x509.IPAddress(address) for address in addresses]
+    names += [x509.DNSName(each) for each in dict.fromkeys(("localhost", host)) if each.isascii()]
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    return (
+        _builder(subject, authority.subject, key.public_key(), min(days, left))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA256())
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(_now() - dt.timedelta(hours=1))  # clocks of nodes differ
+        .not_valid_after(_now() + dt.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _trusted(folder: Path) -> list[x509.Certificate]:
+    if not (folder / CA_CERT).exists():
+        raise NotFoundError(f"no authority in {str(folder)!r}", "modelyard certs create")
+    return _load(folder / CA_CERT)
+
+
+def _authority_key(folder: Path) -> ec.EllipticCurvePrivateKey:
+    path = folder / CA_KEY
+    if not path.exists():
+        raise NotFoundError(
+            f"no key of the authority in {str(folder)!r}, so this node's certificate cannot be renewed",
+            "modelyard up FILE, from where the cluster was started: it brings the key along",
+        )
+    if path.stat().st_mode & 0o007:
+        raise ConfigError(f"{str(path)!r} can be read by everyone on this machine", f"chmod 600 {path}")
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{str(path)!r} is no elliptic-curve key", "modelyard certs create, in an empty folder")
+    return key
+
+
+def _load(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{str(path)!r} is no certificate: {error}", "modelyard certs node makes a new one"
+        ) from error
+
+
+def _is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+def _names(certificate: x509.Certificate) -> Iterator[str]:
+    with contextlib.suppress(x509.ExtensionNotFound):
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        yield from map(str, extension.get_values_for_type(x509.IPAddress))
+        yield from extension.get_values_for_type(x509.DNSName)
+
+
+def _name_of(name: x509.Name) -> str:
+    return str(name.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+
+
+def _environment(folder: Path) -> str:
+    lines = [f"export {name}={_quoted(value)}" for name, value in variables(folder).items()]
+    path = _quoted(str(folder / SETTINGS))
+    return "\n".join([*lines, f"if [ -f {path} ]; then . {path}; fi", ""])
+
+
+def _quoted(value: str) -> str:
+    import shlex
+
+    return shlex.quote(value)
+
+
+def _bytes(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    plain = serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageError(f"{str(folder)!r} cannot be made: {error}", "name a folder you own") from error
+
+
+def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace a file at once; nobody else can read it even while it is written."""
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).chmod(mode)
+        Path(name).replace(path)
+    except OSError as error:
+        raise StorageError(f"{str(path)!r} cannot be written: {error}", "name a folder you own") from error
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)

@@ -1,0 +1,194 @@
+"""Starting and stopping what a `ray up` file describes: Ray's launcher, after our checks and with its traps closed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from modelyard.clusters.certs import CA_CERT, CA_KEY, default_folder, inspect
+from modelyard.clusters.check import check
+from modelyard.clusters.files import ClusterFile, section
+from modelyard.errors import AccessError, ConfigError, NotFoundError, StartError, UnavailableError
+
+SSH_TIMEOUT_S = 10
+_SECURE = ".modelyard/cluster"
+_VERSION = "import importlib.metadata as m; print(m.version('ray'))"
+
+
+def up(file: ClusterFile, say: Callable[[str], None], *, restart: bool = True) -> None:
+    """Check the file, then start the head and, through it, the other nodes.
+
+    Raises:
+        ConfigError: the file cannot work, or is none for `ray up`; the certificates have expired; or a machine of its
+            own has another Ray.
+        NotFoundError: the certificates it brings to the nodes are not made yet.
+        AccessError, UnavailableError: a machine of its own refuses the key, or does not answer.
+        StartError: Ray's launcher failed; its output says where.
+    """
+    _refuse_manifest(file)
+    errors = [problem for problem in check(file) if problem.level == "error"]
+    if errors:
+        raise ConfigError("\n".join(map(str, errors)), f"modelyard cluster check {file.path} shows all of it")
+    mounted = section(file.data, "file_mounts").values()
+    if any(_SECURE in str(local) or Path(str(local)).expanduser() == default_folder() for local in mounted):
+        _refuse_bad_certificates()
+    if file.kind == "local":
+        say("asking each machine for its Ray and its key ...")
+        greet(file)
+    _launcher(file, "up", *([] if restart else ["--no-restart"]), "--no-config-cache")
+
+
+def down(file: ClusterFile, say: Callable[[str], None]) -> None:
+    """Stop what `up` started. On machines of your own, wait until each of them is rid of Ray.
+
+    Raises:
+        ConfigError: the file is none for `ray up`.
+        StartError: Ray's launcher failed.
+    """
+    _refuse_manifest(file)
+    _launcher(file, "down")
+    if file.kind == "local":
+        say("ending what is left on each machine ...")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda address: run_on(file, address, "ray stop --grace-period 5"), addresses(file)))
+
+
+def greet(file: ClusterFile) -> None:
+    """Reach every machine of the file by ssh, before anything is changed on one, and compare its Ray with ours.
+
+    Raises:
+        AccessError: one refuses the key.
+        UnavailableError: one does not answer.
+        ConfigError: one has another Ray, and the file's setup_commands install none.
+    """
+    everyone = addresses(file)
+    ask = f"command -v ray > /dev/null && python -c {shlex.quote(_VERSION)} || true"
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda address: run_on(file, address, ask), everyone))
+    own = importlib.metadata.version("ray")
+    found = {address: text.split()[-1] for address, text in zip(everyone, said, strict=True) if text.strip()}
+    others = {address: version for address, version in found.items() if version != own}
+    installs = any("pip install" in str(command) for command in file.data.get("setup_commands") or [])
+    if others and not installs:
+        each = ", ".join(f"{address} has {version}" for address, version in others.items())
+        raise ConfigError(f"Ray is {own} here, but {each}", f"on each of them: pip install ray=={own}")
+
+
+def addresses(file: ClusterFile) -> list[str]:
+    """The machines of a file of provider `local`, the head first."""
+    provider = section(file.data, "provider")
+    return [str(provider["head_ip"]), *map(str, provider.get("worker_ips") or [])]
+
+
+def head_address(file: ClusterFile) -> str:
+    """Where the head is; asks the cloud when the file does not say.
+
+    Raises:
+        NotFoundError: it is not up.
+    """
+    if file.kind == "local":
+        return str(section(file.data, "provider")["head_ip"])
+    answer = subprocess.run(
+        [*_RAY, "get-head-ip", str(file.path)], capture_output=True, text=True, env=_environment(file), check=False
+    )
+    words = answer.stdout.split()
+    if answer.returncode != 0 or not words:
+        raise NotFoundError(f"the cluster of {file.path} is not up", f"modelyard up {file.path}")
+    return words[-1]
+
+
+def run_on(file: ClusterFile, address: str, command: str, timeout_s: float = 120.0) -> str:
+    """Run a command on one machine, as Ray's launcher would: in a login shell of the file's user. Its output.
+
+    Raises:
+        AccessError: the machine refuses the key.
+        UnavailableError: it does not answer, or the command failed or took too long.
+    """
+    line = shlex.join(["bash", "--login", "-c", f"[ -f ~/.bashrc ] && . ~/.bashrc; {command}"])
+    try:
+        answer = subprocess.run(
+            [*ssh_command(file), target(file, address), line],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"{address} did not finish {command!r} in {timeout_s:g} s", "look at it") from None
+    if answer.returncode == 255:
+        raise refusal(file, address, answer.stderr)
+    if answer.returncode != 0:
+        last = (answer.stderr.strip() or answer.stdout.strip() or f"exit code {answer.returncode}").splitlines()[-1]
+        raise UnavailableError(f"{address}: {command!r} failed: {last}", "log in and look")
+    return answer.stdout
+
+
+def ssh_command(file: ClusterFile, *options: str) -> list[str]:
+    """`ssh` with the file's key; never asks a question, and learns the key of a machine it meets for the first time."""
+    key = section(file.data, "auth").get("ssh_private_key")
+    given = ["BatchMode=yes", f"ConnectTimeout={SSH_TIMEOUT_S}", "StrictHostKeyChecking=accept-new", "LogLevel=ERROR"]
+    words = ["ssh", *options]
+    for option in given:
+        words += ["-o", option]
+    return [*words, *(["-i", str(Path(str(key)).expanduser()), "-o", "IdentitiesOnly=yes"] if key else [])]
+
+
+def target(file: ClusterFile, address: str) -> str:
+    """`user@address`, as the file has it."""
+    user = section(file.data, "auth").get("ssh_user")
+    return f"{user}@{address}" if user else address
+
+
+def refusal(file: ClusterFile, address: str, said: str) -> AccessError | UnavailableError:
+    """The error for what ssh said when it did not get in."""
+    lines = said.strip().splitlines()
+    words = lines[-1] if lines else "no answer"
+    auth = section(file.data, "auth")
+    if "Permission denied" in said:
+        key = auth.get("ssh_private_key", "ssh's own")
+        return AccessError(
+            f"{address} refuses user {auth.get('ssh_user')!r} with the key {key}", "see auth in the file"
+        )
+    if "host key" in said.lower() or "REMOTE HOST IDENTIFICATION" in said:
+        todo = f"if the machine was set up anew: ssh-keygen -R {address}"
+        return AccessError(f"{address} is not the machine it was: its host key has changed", todo)
+    return UnavailableError(f"{address} cannot be reached by ssh: {words}", "is it up, and is port 22 open to you?")
+
+
+_RAY = (sys.executable, "-m", "ray.scripts.scripts")
+
+
+def _launcher(file: ClusterFile, command: str, *options: str) -> None:
+    started = time.monotonic()
+    words: Sequence[str] = [*_RAY, command, "-y", *options, str(file.path)]
+    code = subprocess.run(words, env=_environment(file), stdin=subprocess.DEVNULL, check=False).returncode
+    if code != 0:
+        seconds = time.monotonic() - started
+        raise StartError(f"ray {command} {file.path} failed after {seconds:.0f} s", "its output above says where")
+
+
+def _environment(file: ClusterFile) -> dict[str, str]:
+    """Ray's new autoscaler leaves out one of the machines of provider `local`, so that one gets the old."""
+    old = {"RAY_UP_enable_autoscaler_v2": "0"} if file.kind == "local" else {}
+    return {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **old}
+
+
+def _refuse_bad_certificates() -> None:
+    if not (default_folder() / CA_KEY).exists():
+        raise NotFoundError(f"no certificates in {default_folder()}", "modelyard certs create")
+    for status in inspect(default_folder()):
+        if status.file.name == CA_CERT and status.problem == "expired":
+            raise ConfigError(f"the authority in {default_folder()} has expired", "modelyard certs rotate")
+
+
+def _refuse_manifest(file: ClusterFile) -> None:
+    if file.kind == "kuberay":
+        raise ConfigError(f"{str(file.path)!r} is a KubeRay manifest", f"kubectl apply -f {file.path}")

@@ -1,0 +1,260 @@
+"""Running a job script on a cluster: what goes along, how it is followed, and how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fnmatch
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelyard.errors import AccessError, ConfigError, NotFoundError, UnavailableError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+EXCLUDES = (
+    ".git",
+    ".venv",
+    "venv",
+    "node_modules",
+    "mlruns",
+    "__pycache__",
+    "*.egg-info",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    ".hypothesis",
+    ".import_linter_cache",
+    "*.pyc",
+)
+"""Never sent: what can be made anew, and what is no part of the code."""
+MAX_MIB = 200
+"""Larger working directories are refused: data belongs into the store."""
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+STOPPED_CODE = 130
+_POLL_S = 1.0
+_NOT_READY = "No available agent"
+"""What Ray's dashboard says until the first node's agent has reported to it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run, and with what."""
+
+    entrypoint: str
+    working_dir: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    with_code: bool = True
+    """Send `platform/modelyard` of the working directory, so that the job runs the code that is here."""
+    submission_id: str | None = None
+
+    @property
+    def runtime_env(self) -> dict[str, Any]:
+        """Ray's runtime environment for it."""
+        package = self.working_dir / "platform" / "modelyard"
+        code = {"py_modules": [str(package)]} if self.with_code and package.is_dir() else {}
+        variables = {"env_vars": dict(self.environment)} if self.environment else {}
+        return {"working_dir": str(self.working_dir), "excludes": list(EXCLUDES), **code, **variables}
+
+
+def prepare(
+    script: Path,
+    arguments: Sequence[str],
+    working_dir: Path | None = None,
+    lease: Mapping[str, Any] | None = None,
+    **others: Any,
+) -> Job:
+    """Work out what a script needs. Reads the disk, calls nobody.
+
+    Args:
+        script: a Python file within `working_dir`.
+        arguments: of the script.
+        working_dir: sent to the cluster; by default the nearest folder above the script with a pyproject.toml,
+            else the current one.
+        lease: fields of the config's `lease`, given as overrides; those that are None are left out.
+        others: fields of `Job`.
+
+    Raises:
+        NotFoundError: there is no such script.
+        ConfigError: it is outside the working directory, or the directory is too large to send.
+    """
+    if not script.is_file():
+        raise NotFoundError(f"no script {str(script)!r}", "name a Python file, e.g. jobs/train.py")
+    folder = (working_dir or _root_of(script)).absolute()
+    absolute = script.absolute()
+    if not absolute.is_relative_to(folder):
+        raise ConfigError(f"{str(script)!r} is outside the working directory {str(folder)!r}", "set --working-dir")
+    refuse_large(folder)
+    words = ["python", str(absolute.relative_to(folder)), *arguments]
+    words += [f"--lease.{name}={value}" for name, value in (lease or {}).items() if value is not None]
+    return Job(shlex.join(words), folder, **others)
+
+
+def refuse_large(folder: Path, max_mib: float = MAX_MIB) -> None:
+    """Raise ConfigError when too much would be sent; it names the largest files."""
+    sizes = {path: path.stat().st_size for path in _sent(folder)}
+    total = sum(sizes.values()) / 2**20
+    if total > max_mib:
+        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+        names = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 2**20:.0f} MiB)" for path in largest)
+        raise ConfigError(
+            f"{str(folder)!r} holds {total:.0f} MiB, above {max_mib:g}: {names}",
+            "move data out of it, or set --working-dir to a smaller folder",
+        )
+
+
+def connect(address: str, token: str | None) -> JobSubmissionClient:
+    """A client for the dashboard at `address`.
+
+    Raises:
+        AccessError: it wants a token, or another one.
+        UnavailableError: nothing answers there.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    with translated(address):
+        return JobSubmissionClient(address, headers=headers)
+
+
+@contextlib.contextmanager
+def translated(address: str) -> Iterator[None]:
+    """Turn what Ray's client raises into our errors."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except ConnectionError as error:
+        raise UnavailableError(f"no cluster answers at {address}", "see modelyard status, or give --cluster") from error
+    except (RuntimeError, AuthenticationError) as error:
+        text = str(error)
+        if isinstance(error, AuthenticationError) or "status code 401" in text or "status code 403" in text:
+            raise AccessError(
+                f"the cluster at {address} refuses: no token, or a wrong one",
+                "it is in ~/.modelyard/cluster/token of who started it; set RAY_AUTH_TOKEN, or --token-file",
+            ) from error
+        raise UnavailableError(f"the cluster at {address} refused the job: {text.strip()[:500]}", "") from error
+
+
+def start(client: JobSubmissionClient, job: Job, address: str, patience_s: float = 60.0) -> str:
+    """Send the job; returns its id. A cluster that has only just started gets `patience_s` to become ready.
+
+    Raises:
+        AccessError, UnavailableError: as `connect`.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with translated(address):
+                return str(
+                    client.submit_job(
+                        entrypoint=job.entrypoint, runtime_env=job.runtime_env, submission_id=job.submission_id
+                    )
+                )
+        except UnavailableError as error:
+            if _NOT_READY not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
+
+
+def follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], None], patience_s: float = 300.0) -> int:
+    """Write the job's output as it comes, until it ends; returns its exit code.
+
+    A connection that breaks is made anew for up to `patience_s`, and no line is written twice.
+
+    Raises:
+        UnavailableError: the cluster was silent for longer.
+    """
+    output = _Output(write)
+    heard = time.monotonic()
+    while True:
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                asyncio.run(_tail(client, job_id, output))
+            info = client.get_job_info(job_id)
+            heard = time.monotonic()
+            if info.status in ENDED:
+                output.complete(client.get_job_logs(job_id))
+                return _code(info)
+        except (RuntimeError, OSError) as error:
+            if time.monotonic() - heard > patience_s:
+                raise UnavailableError(
+                    f"nothing was heard of job {job_id} for {patience_s:g} s: {error}",
+                    f"it may go on: ray job status {job_id}",
+                ) from error
+        time.sleep(_POLL_S)
+
+
+class _Output:
+    """Writes a growing text once, whatever part of it comes again."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._written, self._skip = write, 0, 0
+
+    def restart(self) -> None:
+        """The text comes from its beginning again."""
+        self._skip = self._written
+
+    def add(self, text: str) -> None:
+        """The next part."""
+        new = text[self._skip :]
+        self._skip = max(0, self._skip - len(text))
+        self._written += len(new)
+        if new:
+            self._write(new)
+
+    def complete(self, whole: str) -> None:
+        """The whole text."""
+        self.restart()
+        self.add(whole)
+
+
+async def _tail(client: JobSubmissionClient, job_id: str, output: _Output) -> None:
+    output.restart()
+    async for text in client.tail_job_logs(job_id):
+        output.add(text)
+
+
+def _code(info: Any) -> int:
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.status == "STOPPED":
+        return STOPPED_CODE
+    return int(info.driver_exit_code) or 1 if info.driver_exit_code is not None else 1
+
+
+def _root_of(script: Path) -> Path:
+    here = Path.cwd()
+    above = (folder for folder in script.absolute().parents if (folder / "pyproject.toml").exists())
+    return next(above, here)
+
+
+def _sent(folder: Path) -> Iterator[Path]:
+    """What Ray will send: it leaves out what the excludes and the .gitignore files name."""
+    words = ["git", "-C", str(folder), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        answer = subprocess.CompletedProcess(words, 1, "", "")
+    if answer.returncode == 0:
+        names = [Path(name) for name in answer.stdout.split("\0") if name]
+        yield from (folder / name for name in names if (folder / name).is_file() and not _any_excluded(name))
+        return
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_excluded(name)]
+        yield from (Path(parent) / name for name in files if not _is_excluded(name) and (Path(parent) / name).is_file())
+
+
+def _any_excluded(name: Path) -> bool:
+    return any(_is_excluded(part) for part in name.parts)
+
+
+def _is_excluded(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in EXCLUDES)

@@ -1,0 +1,85 @@
+"""A cluster that `modelyard up FILE` starts by ssh on hosts of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.clusters.hosts import Hosts, hosts, why_not
+
+ROOT = Path(__file__).parents[2]
+POOL = "train"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The running cluster, and how to talk to it from outside."""
+
+    hosts: Hosts
+    file: Path
+    folder: Path
+    environment: dict[str, str] = field(repr=False)
+
+    def modelyard(self, *words: str, timeout_s: float = 180, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line outside of the cluster."""
+        command = [str(Path(sys.executable).with_name("modelyard")), *words]
+        return subprocess.run(
+            command, env={**self.environment, **changes}, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+
+    @property
+    def node_environment(self) -> dict[str, str]:
+        """What Ray needs on a host, without its certificate's key."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.hosts[0].home / ".modelyard/cluster/token")}
+
+
+def cluster_file(made: Hosts, folder: Path) -> Path:
+    """`clusters/local.yaml` with the addresses, key and folders of these hosts; programs are shared already."""
+    data: dict[str, Any] = yaml.safe_load((ROOT / "clusters" / "local.yaml").read_text())
+    head, *workers = made.members
+    where = {"site": "here", "tier": "cloud", "zone": "rack-1"}
+    data["provider"] |= {"head_ip": head.address, "worker_ips": [worker.address for worker in workers]}
+    data["auth"] = {"ssh_user": "root", "ssh_private_key": str(made.key)}
+    data["metadata"]["hosts"] = {
+        head.address: {"pool": "head", **where, "cpus": 0},
+        **{worker.address: {"pool": POOL, **where, "cpus": 1, "resources": {"rack": 1}} for worker in workers},
+    }
+    path = folder / "cluster.yaml"
+    data["file_mounts"] = {
+        "~/.modelyard/cluster": str(folder / "home" / "cluster"),
+        "~/.modelyard/cluster.yaml": str(path),
+    }
+    data["setup_commands"] = ["chmod 700 ~/.modelyard ~/.modelyard/cluster", "modelyard certs node"]
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    """Three hosts, certificates, and the cluster up on them. What runs at the end is checked by the tests."""
+    if reason := why_not():
+        pytest.skip(f"hosts of network namespaces: {reason}")
+    folder = tmp_path_factory.mktemp("hosts")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MODELYARD_"))}
+    home = folder / "home"
+    environment = {**kept, "HOME": str(folder), "MODELYARD_HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_TMPDIR"] = str(folder)
+    with hosts(3, folder) as made:
+        cluster = Launched(made, cluster_file(made, folder), folder, environment)
+        store, registry = str(folder / "store"), f"sqlite:///{folder / 'mlflow.db'}"
+        must(cluster.modelyard("certs", "create", "--store", store, "--tracking-uri", registry))
+        must(cluster.modelyard("up", str(cluster.file), timeout_s=300))
+        yield cluster
+
+
+def must(answer: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    """The answer of a command that has to succeed."""
+    assert answer.returncode == 0, f"{answer.args}\n{answer.stdout[-6000:]}\n{answer.stderr[-3000:]}"
+    return answer

@@ -1,0 +1,144 @@
+"""A cluster on hosts with real ssh: brought up, closed to strangers, trained on, and gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.clusters.capture import Capture
+from tests.clusters.conftest import POOL, Launched, must
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+
+
+def until(claim: str, condition: Callable[[], Any], timeout_s: float = 90.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"never happened within {timeout_s:g} s: {claim}")
+        time.sleep(0.5)
+    return found
+
+
+def nodes(cluster: Launched) -> list[dict[str, Any]]:
+    """The nodes that are alive, as the head sees them."""
+    code = (
+        "import json, ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR');"
+        "print('NODES' + json.dumps([n for n in ray.nodes() if n['Alive']]))"
+    )
+    command = f'. ~/.modelyard/cluster/node.env; python -c "{code}"'
+    text = must(cluster.hosts[0].run("bash", "-c", command)).stdout
+    found: list[dict[str, Any]] = json.loads(text.partition("NODES")[2])
+    return found
+
+
+def test_up_brings_every_host_up_with_its_labels(launched: Launched) -> None:
+    found = until("three nodes have joined", lambda: len(each := nodes(launched)) == 3 and each)
+    pools = {node["NodeManagerAddress"]: node["Labels"]["modelyard/pool"] for node in found}
+    head, *workers = launched.hosts.members
+    assert pools == {head.address: "head", **{worker.address: POOL for worker in workers}}
+    assert all(node["Labels"]["ray.io/availability-zone"] == "rack-1" for node in found)
+
+
+def test_a_wrong_key_and_a_dead_host_are_named_before_anything_is_started(launched: Launched, tmp_path: Path) -> None:
+    data = yaml.safe_load(launched.file.read_text())
+    other = tmp_path / "other.yaml"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "wrong")], check=True)
+    other.write_text(yaml.safe_dump({**data, "auth": {**data["auth"], "ssh_private_key": str(tmp_path / "wrong")}}))
+    answer = launched.modelyard("up", str(other))
+    assert answer.returncode == 1
+    assert "refuses user 'root' with the key" in answer.stderr
+    dead = launched.hosts[0].address.rpartition(".")[0] + ".200"
+    hosts = {**data["metadata"]["hosts"], dead: {"pool": "cpu", "site": "here", "tier": "cloud", "zone": "rack-1"}}
+    provider = {**data["provider"], "worker_ips": [*data["provider"]["worker_ips"], dead]}
+    other.write_text(yaml.safe_dump({**data, "provider": provider, "metadata": {"hosts": hosts}}))
+    answer = launched.modelyard("up", str(other))
+    assert answer.returncode == 1
+    assert f"{dead} cannot be reached by ssh" in answer.stderr
+
+
+def test_a_job_submission_without_the_token_is_refused(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("print('never')")
+    empty = tmp_path / "empty"
+    empty.write_text("not-the-token")
+    words = ["submit", "--cluster", str(launched.file), "--token-file", str(empty), str(tmp_path / "job.py")]
+    answer = launched.modelyard(*words, "--working-dir", str(tmp_path))
+    assert answer.returncode == 1
+    assert "refuses: no token, or a wrong one" in answer.stderr
+    call = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8265/api/jobs/'))"
+    refused = launched.hosts[0].run("python", "-c", call)
+    assert "401" in refused.stderr
+
+
+def test_a_node_without_a_certificate_cannot_join(launched: Launched) -> None:
+    host, head = launched.hosts[2], launched.hosts[0]
+    command = ["ray", "start", f"--address={head.address}:6379", "--num-cpus=1", "--temp-dir=/tmp/ray/stranger"]
+    answer = host.run("timeout", "20", *command, env=launched.node_environment, timeout_s=40)
+    assert answer.returncode != 0
+    assert len(nodes(launched)) == 3
+
+
+CARRIER = """
+import sys
+import ray
+
+ray.init(log_to_driver=False)
+first, second = [node["NodeManagerAddress"] for node in ray.nodes() if "rack" in node["Resources"]]
+
+@ray.remote(num_cpus=0.1)
+def make(marker):
+    return marker * 100_000
+
+@ray.remote(num_cpus=0.1)
+def count(text, marker):
+    return text.count(marker)
+
+made = make.options(resources={f"node:{first}": 0.01}).remote(sys.argv[1])
+print("carried", ray.get(count.options(resources={f"node:{second}": 0.01}).remote(made, sys.argv[1])))
+"""
+
+
+def test_what_travels_between_hosts_cannot_be_read(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "carry.py").write_text(CARRIER)
+    marker = "the-weights-of-the-model"
+    token = (launched.folder / "home" / "cluster" / "token").read_text()
+    words = ["submit", "--cluster", str(launched.file), "--working-dir", str(tmp_path), str(tmp_path / "carry.py")]
+    with Capture(launched.hosts[1].interface, [marker.encode(), token.encode()]) as capture:
+        answer = must(launched.modelyard(*words, marker))
+    assert "carried 100000" in answer.stdout
+    assert capture.bytes_seen > 2_000_000, "the object did travel"
+    assert capture.found == set()
+    with Capture(launched.hosts[1].interface, [marker.encode()]) as control:
+        send = "import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); "
+        send += "s.sendto(sys.argv[1].encode(), (sys.argv[2], 9))"
+        launched.hosts[1].run("python", "-c", send, marker, launched.hosts[2].address)
+        until("the capture sees plain text", lambda: control.found, 10)
+
+
+def test_a_submitted_training_runs_over_two_hosts(launched: Launched, token_folder: Path, tmp_path: Path) -> None:
+    model = {"architecture": "llama", "layers": 1, "hidden_size": 16, "heads": 2, "max_positions": 16}
+    config = {
+        "name": "counter",
+        "dataset": str(token_folder),
+        "task": {"kind": "causal_lm", "model": model},
+        "workers": {"min": 2, "max": 2, "cpus": 1, "pool": POOL, "resources": {"rack": 1}},
+        "training": {"max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "zero_stage": 2},
+        "schedule": {"warmup_steps": 2},
+    }
+    path = launched.folder / "job.yaml"
+    path.write_text(yaml.safe_dump(config))
+    words = ["submit", "--cluster", str(launched.file), "jobs/train.py", "--config", str(path)]
+    answer = must(launched.modelyard(*words, timeout_s=240))
+    assert "models:/counter/1" in answer.stdout
+    assert "training starts with 2 workers" in answer.stdout
+
+
+def test_down_leaves_nothing_on_any_host(launched: Launched) -> None:
+    must(launched.modelyard("down", str(launched.file)))
+    until("no process of Ray is left", lambda: not any(host.processes() for host in launched.hosts.members), 20)

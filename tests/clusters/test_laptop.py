@@ -1,0 +1,173 @@
+"""The laptop's cluster: what is planned, and a real one that outlives its command and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from modelyard.cluster import FakeCluster, Node
+from modelyard.clusters import drain, laptop
+from modelyard.errors import ConfigError, NotFoundError
+
+
+def test_pools_and_sites_become_labelled_nodes() -> None:
+    nodes = laptop.plan(["a100=2x4", "cpu=1:3"], ["north"])
+    assert [node.name for node in nodes] == ["head", "a100-0", "a100-1", "cpu-0", "edge-north"]
+    assert [(node.gpus, node.cpus) for node in nodes[1:4]] == [(4, max(4, os.cpu_count() or 1))] * 2 + [(0, 3)]
+    assert nodes[0].cpus == 0
+    assert nodes[1].labels["ray.io/accelerator-type"] == "A100"
+    assert {"modelyard/tier": "edge", "modelyard/site": "north"}.items() <= nodes[4].labels.items()
+
+
+def test_without_pools_the_head_takes_the_work() -> None:
+    (head,) = laptop.plan([], [])
+    assert head.labels["modelyard/pool"] == "cpu"
+    assert head.cpus == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("pools", "sites", "problem"),
+    [
+        (["a100"], [], "cannot be read"),
+        (["a100=two"], [], "cannot be read"),
+        (["a=1", "a=2"], [], "there twice"),
+        ([], ["north", "north"], "there twice"),
+        (["a=99"], [], "100 nodes on one machine"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(pools: list[str], sites: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        laptop.plan(pools, sites)
+
+
+def test_the_node_to_drain_is_found_by_id_name_or_address() -> None:
+    nodes = FakeCluster(
+        [
+            Node("aaaaaa11", {"node:__internal_head__": 1}, {}),
+            Node("bbbbbb22", {}, {}, {"modelyard/node": "l4-0"}),
+            Node("bbbbbb33", {}, {}, {"modelyard/node": "l4-1"}),
+            Node("cccccc44", {}, {}, alive=False),
+        ]
+    ).nodes()
+    assert drain.find(nodes, "l4-1", {}).node_id == "bbbbbb33"
+    assert drain.find(nodes, "bbbbbb2", {}).node_id == "bbbbbb22"
+    assert drain.find(nodes, "10.0.0.2", {"bbbbbb22": "10.0.0.2"}).node_id == "bbbbbb22"
+    with pytest.raises(ConfigError, match="names 2 nodes"):
+        drain.find(nodes, "bbbbbb", {})
+    with pytest.raises(ConfigError, match="is the head"):
+        drain.find(nodes, "aaaaaa11", {})
+    with pytest.raises(NotFoundError, match="no node 'cccccc44' is alive"):
+        drain.find(nodes, "cccccc44", {})
+
+
+class Laptop:
+    """The command line with a home of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MODELYARD_"))}
+        self.folder = folder
+        self.environment = {**kept, "HOME": str(folder), "MODELYARD_HOME": str(folder / "home")}
+
+    def run(self, *words: str, code: int = 0) -> str:
+        command = [str(Path(sys.executable).with_name("modelyard")), *words]
+        answer = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=240, check=False, cwd=self.folder
+        )
+        assert answer.returncode == code, f"{words}\n{answer.stdout}\n{answer.stderr}"
+        return answer.stdout + answer.stderr
+
+    def processes(self) -> list[psutil.Process]:
+        stored = json.loads((self.folder / "home" / "laptop.json").read_text())
+        marked = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(laptop.ENV_ID) == stored["cluster_id"]:
+                    marked.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return marked
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
+    """`modelyard up` with a pool of one node and a site."""
+    here = Laptop(tmp_path_factory.mktemp("laptop"))
+    short = tmp_path_factory.mktemp("r")
+    here.run("up", "--pool", "a100=1x4:2", "--site", "north", "--temp-dir", str(short), "--start-timeout-s", "200")
+    yield here
+    if (here.folder / "home" / "laptop.json").exists():
+        here.run("down")
+
+
+ray_slow = [pytest.mark.ray, pytest.mark.slow]
+JOB = """
+import sys, ray
+ray.init(log_to_driver=False)
+
+@ray.remote(num_cpus=1, label_selector={"modelyard/site": "north"})
+def where():
+    return ray.get_runtime_context().get_node_labels()["modelyard/node"]
+
+print("runs on", ray.get(where.remote()))
+sys.exit(7)
+"""
+
+
+class TestRunning:
+    """One real cluster for all of these; the last one stops it."""
+
+    pytestmark = ray_slow
+
+    def test_it_outlives_its_command_and_other_commands_find_it(self, running: Laptop) -> None:
+        status: dict[str, Any] = json.loads(running.run("status", "--json"))
+        assert {row["node"]: row["alive"] for row in status["nodes"]} == dict.fromkeys(
+            ("head", "a100-0", "edge-north"), True
+        )
+        pools = json.loads(running.run("pools", "--json").partition("[\n")[2].join(["[\n", ""]))
+        assert {each["pool"]: each["total"] for each in pools} == {"a100": 4, "edge": os.cpu_count(), "head": 0}
+
+    def test_a_job_gets_its_node_and_its_exit_code_comes_back(self, running: Laptop) -> None:
+        (running.folder / "job.py").write_text(JOB)
+        output = running.run("submit", "job.py", "--working-dir", ".", code=7)
+        assert "runs on edge-north" in output
+
+    def test_without_the_token_nobody_gets_in(self, running: Laptop) -> None:
+        url = json.loads(running.run("status", "--json"))["dashboard"]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{url}/api/jobs/", timeout=10)
+        assert "asks for a token" in running.run("doctor", "--cluster")
+
+    def test_a_second_one_is_refused(self, running: Laptop) -> None:
+        assert "a cluster runs here already" in running.run("up", code=2)
+
+    def test_a_drained_node_is_empty_and_takes_nothing_more(self, running: Laptop) -> None:
+        assert "a100-0 is empty" in running.run("drain", "a100-0", "--deadline-s", "60")
+
+    def test_down_ends_exactly_its_own_processes(self, running: Laptop) -> None:
+        mine = running.processes()
+        neighbour = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # raylet gcs_server"])
+        assert len(mine) > 5
+        running.run("down")
+        try:
+            assert [process for process in mine if _runs(process)] == []
+            assert neighbour.poll() is None
+        finally:
+            neighbour.kill()
+        assert "no laptop cluster runs here" in running.run("status", code=2)

@@ -1,0 +1,129 @@
+"""Submitting jobs: what is sent and what is not, and how output and exit codes come back."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from modelyard.clusters import submit
+from modelyard.errors import AccessError, ConfigError, NotFoundError, UnavailableError
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "repository"
+    (folder / "jobs").mkdir(parents=True)
+    (folder / "pyproject.toml").touch()
+    (folder / "jobs" / "train.py").write_text("print('hello')")
+    return folder
+
+
+def test_the_whole_repository_goes_along_and_the_lease_is_in_the_command(repository: Path) -> None:
+    lease = {"tenant": "vision", "priority": None, "pools": "[a100, l4]"}
+    job = submit.prepare(repository / "jobs" / "train.py", ["--config", "a file.yaml"], lease=lease)
+    assert job.working_dir == repository
+    command = "python jobs/train.py --config 'a file.yaml' --lease.tenant=vision '--lease.pools=[a100, l4]'"
+    assert job.entrypoint == command
+    assert ".git" in job.runtime_env["excludes"]
+    assert "py_modules" not in job.runtime_env
+
+
+def test_the_code_of_a_checkout_goes_along_unless_told_otherwise(repository: Path) -> None:
+    (repository / "platform" / "modelyard").mkdir(parents=True)
+    script = repository / "jobs" / "train.py"
+    assert submit.prepare(script, []).runtime_env["py_modules"] == [str(repository / "platform" / "modelyard")]
+    assert "py_modules" not in submit.prepare(script, [], with_code=False).runtime_env
+
+
+def test_data_in_the_working_directory_is_refused_with_its_name(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (repository / "weights.bin").open("wb") as stream:
+        stream.truncate(300 << 20)
+    with pytest.raises(ConfigError, match=r"holds 300 MiB, above 200: weights.bin \(300 MiB\)"):
+        submit.prepare(repository / "jobs" / "train.py", [])
+    subprocess.run(["git", "init", "-q", str(repository)], check=True)
+    (repository / ".gitignore").write_text("*.bin\n")
+    submit.prepare(repository / "jobs" / "train.py", [])
+
+
+def test_a_script_that_is_not_there_or_elsewhere_is_refused(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no script"):
+        submit.prepare(repository / "jobs" / "trian.py", [])
+    with pytest.raises(ConfigError, match="outside the working directory"):
+        submit.prepare(repository / "jobs" / "train.py", [], tmp_path / "repository" / "jobs" / "none")
+
+
+class Client:
+    """A dashboard whose connection breaks as often as it is told to."""
+
+    def __init__(self, parts: list[str], breaks: int, status: str, code: int | None) -> None:
+        self.parts, self.breaks, self.status, self.code = parts, breaks, status, code
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for number, part in enumerate(self.parts):
+            if self.breaks and number == 1:
+                self.breaks -= 1
+                raise RuntimeError("the connection was closed")
+            yield part
+            await asyncio.sleep(0)
+
+    def get_job_info(self, job_id: str) -> Any:
+        return SimpleNamespace(status=self.status, driver_exit_code=self.code)
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "".join(self.parts)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", None, 1), ("FAILED", 0, 1), ("STOPPED", None, 130)],
+)
+def test_the_exit_code_is_that_of_the_job(status: str, code: int | None, expected: int) -> None:
+    assert submit.follow(Client(["x"], 0, status, code), "job", lambda _: None) == expected  # type: ignore[arg-type]
+
+
+def test_every_line_comes_once_though_the_connection_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_POLL_S", 0.0)
+    written: list[str] = []
+    client = Client(["one\n", "two\n", "three\n"], 2, "SUCCEEDED", 0)
+    assert submit.follow(client, "job", written.append) == 0  # type: ignore[arg-type]
+    assert "".join(written) == "one\ntwo\nthree\n"
+
+
+def test_a_cluster_that_stays_silent_is_given_up_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_POLL_S", 0.01)
+    client = Client(["one\n", "two\n"], 10_000, "RUNNING", None)
+    with pytest.raises(UnavailableError, match="nothing was heard of job job"):
+        submit.follow(client, "job", lambda _: None, patience_s=0.1)  # type: ignore[arg-type]
+
+
+def test_refusals_of_the_dashboard_are_told_apart() -> None:
+    from ray.exceptions import AuthenticationError
+
+    with pytest.raises(UnavailableError, match="no cluster answers"), submit.translated("http://x"):
+        raise ConnectionError
+    with pytest.raises(AccessError, match="no token, or a wrong one"), submit.translated("http://x"):
+        raise AuthenticationError("no")
+    with pytest.raises(UnavailableError, match="boom"), submit.translated("http://x"):
+        raise RuntimeError("Request failed with status code 500: boom")
+
+
+def test_a_cluster_that_has_only_just_started_is_asked_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_POLL_S", 0.0)
+    answers = iter([RuntimeError("status code 500: No available agent to submit job"), "raysubmit_1"])
+
+    def submit_job(**_: Any) -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    job = submit.prepare(repository / "jobs" / "train.py", [])
+    assert submit.start(SimpleNamespace(submit_job=submit_job), job, "http://x") == "raysubmit_1"  # type: ignore[arg-type]
