@@ -133,7 +133,7 @@ def test_the_strangest_machine_is_judged_too() -> None:
 def test_every_variable_that_the_code_reads_is_known_and_the_other_way_round() -> None:
     package = Path(doctor_module.__file__).parents[1]
     files = [path for path in package.rglob("*.py") if path.name != "doctor_checks.py"]
-    read = {word for path in files for word in re.findall(r"[\"'](MODELYARD_[A-Z_]*[A-Z])[\"']", path.read_text())}
+    read = {word for path in files for word in re.findall(r"[\"'](MODELYARD_[A-Z0-9_]*[A-Z])[\"']", path.read_text())}
     assert read == set(VARIABLES)
 
 

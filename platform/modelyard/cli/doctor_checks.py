@@ -18,7 +18,16 @@ OBJECT_STORE_SHARE = 0.3
 MAX_OBJECT_STORE_GIB = 186.0
 CORE = ("torch", "ray", "deepspeed", "transformers", "mlflow", "pyarrow", "pydantic")
 HIDDEN_EXTRAS = ("dev", "test")
-VARIABLES = ("MODELYARD_DEBUG", "MODELYARD_HOME", "MODELYARD_STORE", "MODELYARD_TRACKING_URI")
+VARIABLES = (
+    "MODELYARD_BACKUP_PASSPHRASE",
+    "MODELYARD_CLUSTER_ID",
+    "MODELYARD_DEBUG",
+    "MODELYARD_GATEWAY_DB",
+    "MODELYARD_HOME",
+    "MODELYARD_S3_TIMEOUT_S",
+    "MODELYARD_STORE",
+    "MODELYARD_TRACKING_URI",
+)
 """Every environment variable that Modelyard reads."""
 
 
