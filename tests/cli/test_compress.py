@@ -51,6 +51,7 @@ def test_a_misspelt_step_shows_the_nearest(tmp_path: Path) -> None:
     assert "quantize" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_a_classifier_is_compressed_and_registered(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     registry = Registry.from_settings()

@@ -29,6 +29,7 @@ def recipe(dataset: str, *steps: dict[str, Any], **more: Any) -> Recipe:
     return Recipe.model_validate({"dataset": dataset, "steps": steps, "measuring": QUICK, **more})
 
 
+@pytest.mark.slow
 def test_a_language_model_in_a_smaller_one_out_and_served(
     language: Folders, registered: Register, registry: Registry
 ) -> None:
@@ -71,6 +72,7 @@ def _served_answer(reference: str, registry: Registry) -> list[int]:
     return asyncio.run(ask())
 
 
+@pytest.mark.slow
 def test_a_result_that_breaks_a_limit_is_not_registered(
     language: Folders, registered: Register, registry: Registry
 ) -> None:
@@ -81,6 +83,7 @@ def test_a_result_that_breaks_a_limit_is_not_registered(
     assert registry.versions("model", "ruined") == []
 
 
+@pytest.mark.slow
 def test_a_classifier_is_measured_on_onnx(digits: Folders, registered: Register, registry: Registry) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

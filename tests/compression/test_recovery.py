@@ -136,6 +136,7 @@ def test_zeros_stay_zero_and_the_rest_learns(language: Folders, tmp_path: Path) 
     assert not torch.equal(before[1::2], after[1::2])
 
 
+@pytest.mark.slow
 def test_training_under_four_bits_makes_four_bits_better(language: Folders, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     from tests.compression.workspaces import workspace

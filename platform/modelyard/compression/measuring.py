@@ -102,9 +102,7 @@ def take(request: Request, engine: Engine | None = None) -> Figures:
         figures = _classifier(request.engine, engine, dataset, request.split, settings)
     if request.quality_engine is not None:
         engine = open_engine(request.quality_engine, folder, request.threads)
-    began = time.process_time()
-    found = quality(engine, folder, dataset, request.split, settings.rows)
-    seconds = time.process_time() - began
+    found, seconds = quality(engine, folder, dataset, request.split, settings.rows)
     available = dataset.split(request.split).num_rows
     read = min(settings.rows or available, available) * (dataset.info.block_tokens or 1)
     return replace(figures, quality=found, scored_per_cpu_s=None if request.quality_engine else read / seconds)
@@ -176,13 +174,18 @@ class EngineModel:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.cpu_s = 0.0
+        """CPU time of the engine so far."""
 
     def __call__(self, pixels: Any = None, *, input_ids: Any = None, **_: Any) -> Any:
         import torch
 
-        if input_ids is None:
-            return torch.from_numpy(self._engine.scores(pixels.numpy()))
-        return _Output(torch.from_numpy(self._engine.scores(input_ids.numpy())))
+        given = (pixels if input_ids is None else input_ids).numpy()
+        began = time.process_time()
+        scores = self._engine.scores(given)
+        self.cpu_s += time.process_time() - began
+        result = torch.from_numpy(scores)
+        return result if input_ids is None else _Output(result)
 
 
 @dataclass
@@ -190,8 +193,10 @@ class _Output:
     logits: Any
 
 
-def quality(engine: Engine, folder: Path, dataset: Dataset, split: str, rows: int | None) -> dict[str, float]:
-    """The task's metrics of what the engine computes, on the first rows of a split."""
+def quality(
+    engine: Engine, folder: Path, dataset: Dataset, split: str, rows: int | None
+) -> tuple[dict[str, float], float]:
+    """The task's metrics of what the engine computes on the first rows of a split, and its CPU time in seconds."""
     from modelyard.compression.workspace import batches
     from modelyard.tasks import read_task
 
@@ -200,7 +205,8 @@ def quality(engine: Engine, folder: Path, dataset: Dataset, split: str, rows: in
     model: Any = EngineModel(engine)
     for batch in batches(task, dataset, split, rows, _BATCH):
         parts.append({name: value.numpy() for name, value in task.statistics(model, batch).items()})
-    return task.metrics({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    metrics = task.metrics({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    return metrics, float(model.cpu_s)
 
 
 def peak_memory_mib() -> float:
