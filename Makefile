@@ -10,6 +10,7 @@
 CANDIDATES := $(or $(PYTHON),python3.11 python3 python3.12 python3.13)
 BIN := .venv/bin
 READY := .venv/.ready
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
 .PHONY: demo test check setup format clean
@@ -19,14 +20,14 @@ demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 test: check
-	$(BIN)/pytest -m "ray or slow"
+	$(PYTEST) -m "ray or slow"
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/pytest -m "not ray and not slow"
+	$(PYTEST) -m "not ray and not slow"
 
 setup: $(READY)
 

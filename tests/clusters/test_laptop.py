@@ -6,18 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from modelyard.cluster import FakeCluster, Node
 from modelyard.clusters import drain, laptop
 from modelyard.errors import ConfigError, NotFoundError
+
+ROOT = Path(__file__).parents[2]
+MODELYARD = str(Path(sys.executable).with_name("modelyard"))
 
 
 def test_pools_and_sites_become_labelled_nodes() -> None:
@@ -79,12 +84,16 @@ class Laptop:
         self.environment = {**kept, "HOME": str(folder), "MODELYARD_HOME": str(folder / "home")}
 
     def run(self, *words: str, code: int = 0) -> str:
-        command = [str(Path(sys.executable).with_name("modelyard")), *words]
+        command = [MODELYARD, *words]
         answer = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=240, check=False, cwd=self.folder
         )
         assert answer.returncode == code, f"{words}\n{answer.stdout}\n{answer.stderr}"
         return answer.stdout + answer.stderr
+
+    def pools(self) -> str:
+        """What `modelyard pools --json` prints, without what Ray logs before it."""
+        return "[\n" + self.run("pools", "--json").partition("[\n")[2].rpartition("]")[0] + "]"
 
     def processes(self) -> list[psutil.Process]:
         stored = json.loads((self.folder / "home" / "laptop.json").read_text())
@@ -96,6 +105,13 @@ class Laptop:
             except (psutil.Error, OSError):
                 continue
         return marked
+
+
+def until(claim: str, condition: Callable[[], Any], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened within {timeout_s:g} s: {claim}"
+        time.sleep(0.1)
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -110,7 +126,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     """`modelyard up` with a pool of one node and a site."""
     here = Laptop(tmp_path_factory.mktemp("laptop"))
     short = tmp_path_factory.mktemp("r")
-    here.run("up", "--pool", "a100=1x4:2", "--site", "north", "--temp-dir", str(short), "--start-timeout-s", "200")
+    here.run("up", "--pool", "a100=2x4:2", "--site", "north", "--temp-dir", str(short), "--start-timeout-s", "200")
     yield here
     if (here.folder / "home" / "laptop.json").exists():
         here.run("down")
@@ -138,10 +154,13 @@ class TestRunning:
     def test_it_outlives_its_command_and_other_commands_find_it(self, running: Laptop) -> None:
         status: dict[str, Any] = json.loads(running.run("status", "--json"))
         assert {row["node"]: row["alive"] for row in status["nodes"]} == dict.fromkeys(
-            ("head", "a100-0", "edge-north"), True
+            ("head", "a100-0", "a100-1", "edge-north"), True
         )
-        pools = json.loads(running.run("pools", "--json").partition("[\n")[2].join(["[\n", ""]))
-        assert {each["pool"]: each["total"] for each in pools} == {"a100": 4, "edge": os.cpu_count(), "head": 0}
+        assert {each["pool"]: each["total"] for each in json.loads(running.pools())} == {
+            "a100": 8,
+            "edge": os.cpu_count(),
+            "head": 0,
+        }
 
     def test_a_job_gets_its_node_and_its_exit_code_comes_back(self, running: Laptop) -> None:
         (running.folder / "job.py").write_text(JOB)
@@ -157,8 +176,27 @@ class TestRunning:
     def test_a_second_one_is_refused(self, running: Laptop) -> None:
         assert "a cluster runs here already" in running.run("up", code=2)
 
-    def test_a_drained_node_is_empty_and_takes_nothing_more(self, running: Laptop) -> None:
-        assert "a100-0 is empty" in running.run("drain", "a100-0", "--deadline-s", "60")
+    def test_a_drain_moves_a_training_run_and_leaves_the_node_empty(self, running: Laptop, token_folder: Path) -> None:
+        model = {"architecture": "llama", "layers": 1, "hidden_size": 32, "heads": 2, "max_positions": 16}
+        config = {
+            "name": "counter",
+            "dataset": str(token_folder),
+            "task": {"kind": "causal_lm", "model": model},
+            "workers": {"min": 1, "max": 2, "cpus": 2, "pool": "a100"},
+            "training": {"max_steps": 900, "global_batch_size": 8, "micro_batch_size": 4, "zero_stage": 2},
+            "schedule": {"warmup_steps": 2},
+        }
+        (running.folder / "job.yaml").write_text(yaml.safe_dump(config))
+        words = ["submit", str(ROOT / "jobs" / "train.py"), "--config", str(running.folder / "job.yaml")]
+        log = running.folder / "job.log"
+        with log.open("w") as stream:
+            job = subprocess.Popen([MODELYARD, *words], env=running.environment, stdout=stream, stderr=stream)
+        until("it trains", lambda: "step 1/900" in log.read_text(), 120)
+        assert "training starts with 2 workers" in log.read_text()
+        assert "a100-0 is empty" in running.run("drain", "a100-0", "--deadline-s", "90")
+        assert job.wait(150) == 0, log.read_text()
+        assert "900 steps (all steps done)" in log.read_text()
+        assert {each["pool"]: each["total"] for each in json.loads(running.pools())}["a100"] == 4
 
     def test_down_ends_exactly_its_own_processes(self, running: Laptop) -> None:
         mine = running.processes()

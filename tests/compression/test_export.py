@@ -18,6 +18,8 @@ from modelyard.compression.quantize import quantize
 from modelyard.compression.recipe import Export, Quantize
 from modelyard.errors import ConfigError, IntegrityError
 
+pytestmark = pytest.mark.slow  # on models that are trained first
+
 
 @pytest.mark.parametrize(
     ("step", "needs", "least"),

@@ -18,6 +18,8 @@ from modelyard.errors import ConfigError, IntegrityError
 from modelyard.tasks import load_model
 from modelyard.tasks.compact import pack_int4, read_compact, unpack_int4
 
+pytestmark = pytest.mark.slow  # on models that are trained first
+
 pytest.importorskip("torchao")
 
 

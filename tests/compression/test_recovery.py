@@ -21,6 +21,8 @@ from modelyard.tasks import CausalLM, ImageClassification, Refined, load_model, 
 from modelyard.tasks.compact import StoredLayer
 from modelyard.tasks.distillation import Distillation, divergence
 
+pytestmark = pytest.mark.slow  # on models that are trained first
+
 QUICK = {"rows": 8, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1}
 
 

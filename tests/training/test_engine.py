@@ -202,6 +202,7 @@ def test_muon_gets_hidden_matrices_and_adam_the_rest() -> None:
 
 
 @pytest.mark.usefixtures("gang_of_one")
+@pytest.mark.slow  # compiles its kernels first
 def test_muon_trains(configured: Callable[..., TrainConfig]) -> None:
     config = configured(1, clip=0.0, optimizer={"kind": "muon", "learning_rate": 0.05, "adam_learning_rate": 0.01})
     made = engine(config)

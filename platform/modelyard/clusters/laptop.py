@@ -141,8 +141,13 @@ def up(
         head += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
         start = functools.partial(_start, environment=environment, store_bytes=store_bytes)
         _join(laptop, {nodes[0]: lambda: start(nodes[0], head)}, start_timeout_s)
-        join = [f"--address={laptop.address}"]
-        _join(laptop, {node: functools.partial(start, node, join) for node in nodes[1:]}, start_timeout_s)
+        join = f"--address={laptop.address}"
+        folders = _node_folders(laptop)  # in one folder, two that start at once would take the same socket
+        starts = {
+            node: functools.partial(start, node, [join, f"--temp-dir={own}"])
+            for node, own in zip(nodes[1:], folders, strict=True)
+        }
+        _join(laptop, starts, start_timeout_s)
     except BaseException:
         down(laptop)
         raise
@@ -188,7 +193,7 @@ def down(laptop: Laptop) -> int:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(left, timeout=2.0)
     _state_file().unlink(missing_ok=True)
-    _forget_address(laptop)
+    _clear(laptop)
     return len(found)
 
 
@@ -215,6 +220,7 @@ def _start(
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, f"--node-ip-address={LOOPBACK}", "--block"]
     command += [f"--num-cpus={node.cpus}", f"--num-gpus={node.gpus}", f"--labels={labels}"]
     command += [f"--object-store-memory={store_bytes}", "--disable-usage-stats"]
+    command.append(f"--dashboard-agent-listen-port={_free_port()}")  # Ray's own is the same for every node
     with _log_file(node.name).open("wb") as log:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -224,10 +230,7 @@ def _start(
 def _join(
     laptop: Laptop, starts: Mapping[LogicalNode, Callable[[], subprocess.Popen[bytes]]], start_timeout_s: float
 ) -> None:
-    """Start nodes together and wait until all have joined.
-
-    Two raylets that start at the same moment may choose the same port, and one of them then ends: it is started again.
-    """
+    """Start nodes together and wait until all have joined; one that ends before that is started again."""
     processes = {node.name: start() for node, start in starts.items()}
     failures = Counter[str]()
     deadline = time.monotonic() + start_timeout_s
@@ -320,15 +323,21 @@ def _signal(process: psutil.Process, number: int) -> None:
         return  # it has ended meanwhile
 
 
-def _forget_address(laptop: Laptop) -> None:
+def _clear(laptop: Laptop) -> None:
+    """Remove what Ray left: the note of the address, and the nodes' folders; the head's logs stay."""
     path = Path(laptop.temp_dir) / "ray_current_cluster"
     try:
-        if path.read_text().strip() == laptop.address:
+        if path.read_text().strip().rpartition(":")[2] == laptop.address.rpartition(":")[2]:
             path.unlink()
     except OSError:
-        return
-    if laptop.temp_dir != _default_temp_dir():
-        shutil.rmtree(laptop.temp_dir, ignore_errors=True)
+        pass  # the head never came up
+    for folder in _node_folders(laptop):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _node_folders(laptop: Laptop) -> list[Path]:
+    """Ray's folder of each node but the head. Short: socket paths have at most 107 characters."""
+    return [Path(laptop.temp_dir) / f"{laptop.cluster_id[:4]}{number}" for number in range(1, len(laptop.nodes))]
 
 
 def _default_temp_dir() -> str:

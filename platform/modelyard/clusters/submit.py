@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fnmatch
+import logging
 import os
 import shlex
 import subprocess
@@ -119,6 +120,8 @@ def connect(address: str, token: str | None) -> JobSubmissionClient:
     """
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("ray.dashboard", "ray._private.runtime_env"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of every file and connection
     headers = {"Authorization": f"Bearer {token}"} if token else None
     with translated(address):
         return JobSubmissionClient(address, headers=headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import random
 import resource
 import socket
 import threading
@@ -145,7 +145,7 @@ def test_a_flood_of_headers_is_a_431(gateway: Running, key: str, lines: list[str
         b"POST /v1/chat/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzzz\r\n",
         b"GET /v1/models HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nx-request-id: a\xff\nb\r\nauthorization: Bearer \xff\r\n\r\n",
-        os.urandom(4_096),
+        random.Random(7).randbytes(4_096),
     ],
     ids=lambda sent: repr(sent[:30]),
 )

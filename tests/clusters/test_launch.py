@@ -1,0 +1,91 @@
+"""What stops `modelyard up FILE` before anything is started on a machine."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modelyard.clusters import certs, files, launch
+from modelyard.errors import AccessError, ConfigError, NotFoundError, UnavailableError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def local() -> files.ClusterFile:
+    return files.read(ROOT / "clusters" / "local.yaml")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when Ray's launcher would be called after all."""
+    monkeypatch.setattr(launch, "_launcher", lambda *_: pytest.fail("the launcher was called"))
+
+
+def test_a_manifest_is_for_kubectl(no_launcher: None) -> None:
+    file = files.read(ROOT / "deploy" / "kuberay" / "raycluster.yaml")
+    with pytest.raises(ConfigError, match=r"is a KubeRay manifest\n  -> kubectl apply -f"):
+        launch.up(file, print)
+    with pytest.raises(ConfigError, match="is a KubeRay manifest"):
+        launch.down(file, print)
+
+
+def test_without_certificates_nothing_is_started(local: files.ClusterFile, no_launcher: None) -> None:
+    with pytest.raises(NotFoundError, match=r"no certificates in .*\n  -> modelyard certs create"):
+        launch.up(local, print)
+
+
+def test_with_an_expired_authority_nothing_is_started(
+    local: files.ClusterFile, no_launcher: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certs.create(certs.default_folder())
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=certs.CA_DAYS + 1)
+    monkeypatch.setattr(certs, "_now", lambda: later)
+    with pytest.raises(ConfigError, match="has expired\n  -> modelyard certs rotate"):
+        launch.up(local, print)
+
+
+def test_a_wrong_file_is_not_started(tmp_path: Path, no_launcher: None) -> None:
+    data = yaml.safe_load((ROOT / "clusters" / "local.yaml").read_text())
+    del data["metadata"]["hosts"]["192.168.1.12"]["pool"]
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match="the label modelyard/pool is missing"):
+        launch.up(files.read(tmp_path / "bad.yaml"), print)
+
+
+def test_a_machine_with_another_ray_is_named(
+    tmp_path: Path, local: files.ClusterFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {"192.168.1.12": "2.9.0\n"}
+    monkeypatch.setattr(launch, "run_on", lambda file, address, command: answers.get(address, ""))
+    launch.greet(local)  # its set-up commands install the right one
+    data = yaml.safe_load((ROOT / "clusters" / "local.yaml").read_text())
+    (tmp_path / "bare.yaml").write_text(yaml.safe_dump({**data, "setup_commands": []}))
+    with pytest.raises(ConfigError, match=r"but 192.168.1.12 has 2.9.0\n  -> on each of them: pip install ray=="):
+        launch.greet(files.read(tmp_path / "bare.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "problem"),
+    [
+        ("ubuntu@h: Permission denied (publickey).", AccessError, "refuses user 'ubuntu' with the key"),
+        ("Host key verification failed.", AccessError, "its host key has changed"),
+        ("ssh: connect to host h port 22: Connection timed out", UnavailableError, "cannot be reached by ssh"),
+        ("", UnavailableError, "no answer"),
+    ],
+)
+def test_what_ssh_says_becomes_an_error_with_what_to_do(
+    local: files.ClusterFile, said: str, kind: type[Exception], problem: str
+) -> None:
+    error = launch.refusal(local, "192.168.1.11", said)
+    assert type(error) is kind
+    assert problem in str(error)
+    assert error.todo
+
+
+def test_rays_launcher_gets_the_old_autoscaler_for_own_machines_only(local: files.ClusterFile) -> None:
+    assert launch._environment(local)["RAY_UP_enable_autoscaler_v2"] == "0"
+    assert "RAY_UP_enable_autoscaler_v2" not in launch._environment(files.read(ROOT / "cluster.yaml"))
