@@ -53,8 +53,8 @@ class Cloud:
 @contextlib.contextmanager
 def cloud(made: Hosts, folder: Path) -> Iterator[Cloud]:
     """Start the server on the bridge, where the hosts reach it, with key, network and security group made."""
-    boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("moto.server")
+    import boto3
+
     network = made[0].address.rpartition(".")[0]
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": REGION}
     variables = {**keys, "AWS_ENDPOINT_URL": f"http://{network}.254:{PORT}"}
@@ -111,6 +111,8 @@ def overridden(made: Hosts, up: Cloud, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Launched, Cloud]]:
     """The cluster of `cluster.yaml`, up."""
+    for package in ("boto3", "moto.server"):
+        pytest.importorskip(package, reason=f"needs {package} (pip install boto3 'moto[server]')")
     if reason := why_not():
         pytest.skip(f"hosts of network namespaces: {reason}")
     folder = tmp_path_factory.mktemp("aws")
