@@ -1,5 +1,6 @@
 # make demo    train, evaluate, register and ask a small model (sets up .venv first)
 # make test    every check and every test
+# make test-hosts  clusters on hosts of network namespaces; as root, with sshd, rsync, iproute2
 # make check   format, lint, types, import directions, unit tests: under three minutes
 # make setup   .venv alone; made anew when pyproject.toml changes
 # make format  rewrite the code in the house style
@@ -13,14 +14,18 @@ READY := .venv/.ready
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test check setup format clean
+.PHONY: demo test test-hosts check setup format clean
 .DEFAULT_GOAL := check
 
 demo: $(READY)
 	$(BIN)/python jobs/demo.py
 
 test: check
-	$(PYTEST) -m "ray or slow"
+	$(PYTEST) -m "slow and not ray"
+	$(BIN)/pytest -m "ray and not hosts"  # one after the other: clusters, and kills in them, need the machine
+
+test-hosts: $(READY)
+	$(BIN)/pytest -m hosts
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ import yaml
 from tests.clusters.capture import Capture
 from tests.clusters.conftest import POOL, Launched, must
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 def until(claim: str, condition: Callable[[], Any], timeout_s: float = 90.0) -> Any:
