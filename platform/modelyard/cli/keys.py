@@ -133,7 +133,10 @@ def list_command(tenant: str | None, as_json: bool, database: str | None) -> Non
 @click.argument("identity", metavar="ID")
 @_database
 def revoke(identity: str, database: str | None) -> None:
-    """Refuse the key ID from now on; the gateways notice within seconds (their `key_cache_s`)."""
+    """Refuse the key ID (or the whole key) from now on; gateways notice within seconds (their `key_cache_s`)."""
+    from modelyard.security.keys import key_id
+
+    identity = key_id(identity) or identity
     _store(database).revoke(identity)
     click.echo(f"key {identity} is revoked")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from modelyard.cli import tables
 
@@ -35,11 +36,9 @@ def up(what: tuple[str, ...], host: str, port: int, engine: str, cpus: float, is
     On a laptop this starts Ray, a replica of each model and the gateway, prints a key and a call to try, and stays
     until Ctrl-C. On a cluster (RAY_ADDRESS) use --detach.
     """
-    from modelyard.errors import ConfigError
-
-    config = _config(what, host, port, engine, cpus, is_open)
-    if is_open and config.host not in ("127.0.0.1", "localhost", "::1"):
-        raise ConfigError(f"--open would let everyone on {config.host} in", "make keys, or listen on 127.0.0.1")
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    config = _config(what, host, port, engine, cpus, is_open, given)
     from modelyard.cluster import connect
     from modelyard.serving.deployment import control
 
@@ -156,12 +155,19 @@ def down(applications: tuple[str, ...], everything: bool) -> None:
     click.echo(f"{', '.join(names)}: down")
 
 
-def _config(what: tuple[str, ...], host: str, port: int, engine: str, cpus: float, is_open: bool) -> ServingConfig:
+def _config(
+    what: tuple[str, ...], host: str, port: int, engine: str, cpus: float, is_open: bool, given: set[str]
+) -> ServingConfig:
+    """`given`: options of the command line, which a file yields to."""
     from modelyard.config import load, parse
+    from modelyard.errors import InputError
     from modelyard.serving.deployment.config import ServingConfig
 
     if len(what) == 1 and what[0].endswith((".yaml", ".yml")):
-        return load(ServingConfig, Path(what[0]))
+        if unused := sorted({"engine", "cpus"} & given):
+            raise InputError(f"--{unused[0]} says nothing about the models of {what[0]}", "write it into that file")
+        overrides = {"host": f"host={host}", "port": f"port={port}", "is_open": "gateway.settings.open_access=true"}
+        return load(ServingConfig, Path(what[0]), [text for name, text in overrides.items() if name in given])
     models = [{"model": {"reference": each, "engine": engine}, "placement": {"cpus": cpus}} for each in what]
     gateway = {"settings": {"open_access": is_open}}
     return parse(ServingConfig, {"host": host, "port": port, "models": models, "gateway": gateway})

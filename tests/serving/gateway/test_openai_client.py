@@ -54,6 +54,14 @@ def test_every_parameter_reaches_the_backend(client: openai.OpenAI, backend: Rul
     assert call.sampling.json_schema == schema
 
 
+def test_an_answer_goes_back_into_the_chat_with_its_nulls(client: openai.OpenAI, backend: RuleBackend) -> None:
+    answer = client.chat.completions.create(model="tiny-gpt", messages=HELLO, max_tokens=2)
+    said: Any = answer.choices[0].message.model_dump()
+    assert said["refusal"] is None
+    client.chat.completions.create(model="tiny-gpt", messages=[*HELLO, said, *HELLO], max_tokens=2)
+    assert backend.generations[-1].messages == [*HELLO, {"role": "assistant", "content": said["content"]}, *HELLO]
+
+
 def test_a_stream_is_the_same_text_as_the_whole_answer(client: openai.OpenAI, backend: RuleBackend) -> None:
     request = {"model": "tiny-gpt", "messages": HELLO, "max_tokens": 20, "seed": 3}
     whole = client.chat.completions.create(**request)  # type: ignore[call-overload]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from modelyard.config import Config
 from modelyard.scheduling.model import POOL_LABEL
@@ -25,11 +25,11 @@ class Placement(Config):
     cpus: float = Field(default=1.0, gt=0)
     """CPUs per replica; also its threads."""
     gpus: float = Field(default=0.0, ge=0)
-    resources: dict[str, float] = {}
+    resources: dict[str, PositiveFloat] = {}
     """Custom Ray resources."""
     pool: str | None = None
     """Value of the node label `modelyard/pool`; None takes any node."""
-    site: str | None = None
+    site: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """An edge site: only nodes with `modelyard/tier=edge` and this `modelyard/site`."""
     label_selector: dict[str, str] = {}
     """More label conditions, in Ray's syntax (`v`, `!v`, `in(a,b)`, `!in(a,b)`)."""
@@ -126,15 +126,27 @@ class ServingConfig(Config):
     port: int = Field(default=8000, ge=1, le=65535)
     proxies: Literal["head", "every_node"] = "head"
     """Where calls are taken in: on the head, or on every node with a replica, behind a load balancer."""
-    models: tuple[ModelApp, ...] = Field(min_length=1)
+    models: tuple[ModelApp, ...]
 
     @field_validator("models", mode="after")
     @classmethod
     def _one_application_each(cls, models: tuple[ModelApp, ...]) -> tuple[ModelApp, ...]:
         names = [each.application for each in models]
+        if not names:
+            raise ValueError("name at least one model")
+        if "gateway" in names:
+            raise ValueError(
+                "'gateway' is the name of the gateway's own application; give the model another `model.name`"
+            )
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models are named {twice[0]!r}; give one of them another `model.name`")
         return models
+
+    @model_validator(mode="after")
+    def _open_only_here(self) -> Self:
+        if self.gateway and self.gateway.settings.open_access and self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(f"open_access would let everyone on {self.host} in; make keys, or listen on 127.0.0.1")
+        return self
 
     @model_validator(mode="after")
     def _cascades_hide_nobody(self) -> Self:

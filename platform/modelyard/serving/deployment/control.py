@@ -69,7 +69,8 @@ def up(config: ServingConfig, say: Say) -> dict[str, Deployed]:
 
     Raises:
         CapacityError: some replica could never be placed; nothing was deployed.
-        NotFoundError, ConfigError, IntegrityError, ...: a model cannot be served; nothing was deployed.
+        NotFoundError, ConfigError, IntegrityError, ...: a model cannot be served, or Serve listens at another address;
+            nothing was deployed.
         UnavailableError: a replica does not start; says why.
         WaitTimeoutError: it took longer than `start_timeout_s`.
     """
@@ -77,6 +78,7 @@ def up(config: ServingConfig, say: Say) -> dict[str, Deployed]:
 
     from modelyard.serving.deployment.applications import gateway_application
 
+    _check_address(config)
     registry, cluster = Registry.from_settings(), RayCluster()
     resolved = []
     for app in config.models:
@@ -102,6 +104,18 @@ def up(config: ServingConfig, say: Say) -> dict[str, Deployed]:
     if config.gateway is not None:
         _wait_for_gateway()
     return current()
+
+
+def _check_address(config: ServingConfig) -> None:
+    """Refuse an address that is not that of the Serve which runs: it would go on with its own and say nothing."""
+    options = (_details() or {}).get("http_options")
+    if config.gateway is None or not options:
+        return
+    if (options["host"], options["port"]) != (config.host, config.port):
+        raise ConfigError(
+            f"Ray Serve listens on {options['host']}:{options['port']} already, not on {config.host}:{config.port}",
+            "give that host and port, or end it first: serve shutdown",
+        )
 
 
 def _check_cascades(config: ServingConfig, served: Iterable[ServedModel], registry: Registry) -> None:
@@ -230,6 +244,7 @@ def _wait(app: ModelApp, say: Say) -> None:
                     f"see `serve status`; remove it: modelyard serve down {name}",
                 )
             text = f"{name}: {now.status.lower()}, {now.running} of {now.wanted} running, {now.starting} starting"
+            text += f"; {_last_line(now.message)}" if now.message else ""
             if text != shown:
                 shown = text
                 say(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from modelyard.errors import nearest
 from modelyard.serving.gateway.errors import CallError, invalid
@@ -65,12 +65,22 @@ class TextPart(_Body):
     text: str
 
 
+_OF_ANSWERS = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+
+
 class Message(_Body):
-    """A turn of a chat."""
+    """A turn of a chat; an answer's message may come back with the fields that OpenAI's client adds as null."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = Field(default=None, max_length=128)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, found: Any) -> Any:
+        if not isinstance(found, dict):
+            return found
+        return {key: value for key, value in found.items() if value is not None or key not in _OF_ANSWERS}
 
 
 class StreamOptions(_Body):
