@@ -47,7 +47,10 @@ def test_options_beside_a_file_are_obeyed_and_those_left_out_leave_it_alone(
 
 
 @pytest.mark.parametrize("option", [["--engine", "openvino"], ["--cpus", "2"]])
-def test_options_that_a_file_says_for_each_model_are_refused_beside_it(file: str, option: list[str]) -> None:
+def test_options_that_a_file_says_for_each_model_are_refused_beside_it(
+    file: str, option: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("it went on"))
     result = CliRunner().invoke(serve, ["up", file, *option])
     assert isinstance(result.exception, InputError)
     assert option[0] in str(result.exception)
