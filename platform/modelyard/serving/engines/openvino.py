@@ -113,6 +113,10 @@ class OpenVINOCore:
             handle.cancel()  # the next step frees its blocks
 
     @property
+    def holds_gil(self) -> bool:
+        return True  # its binding does not let go of it
+
+    @property
     def busy(self) -> bool:
         return bool(self._pipeline.has_non_finished_requests())
 

@@ -19,6 +19,10 @@ from modelyard.errors import InputError, ModelyardError, UnavailableError
 from modelyard.serving.protocol import EngineRequest, EngineStats, Feature, Tokens
 
 _CLOSE_TIMEOUT_S = 30.0
+_HOPS = 10
+"""Turns of an event loop in which a token gets from the engine's thread to a socket; there are about eight."""
+_HOPS_TIMEOUT_S = 0.01
+"""An event loop that needs longer is busy with something else, and goes on beside the next step."""
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +44,11 @@ class Core(Protocol):
 
     def cancel(self, key: int) -> None:
         """Free what the request holds. Unknown and finished keys are ignored."""
+        ...
+
+    @property
+    def holds_gil(self) -> bool:
+        """Whether no other Python thread runs during a step."""
         ...
 
     @property
@@ -67,6 +76,11 @@ class _Stream:
         """Called by the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Of the coroutine that listens."""
+        return self._loop
 
     async def items(self) -> AsyncIterator[Tokens]:
         while True:
@@ -222,11 +236,31 @@ class ThreadedEngine:
                 job()
             answers = self._core.step() if self._core.busy else {}
             self._stats = self._core.stats()
+            loops = set()
             for key, tokens in answers.items():
                 if (stream := self._streams.get(key)) is not None:
                     stream.put(tokens)
+                    loops.add(stream.loop)
+            if self._core.holds_gil:
+                for loop in loops:
+                    _let_run(loop)
 
     def _gone(self) -> ModelyardError:
         if self._error is not None:
             return UnavailableError(f"the engine failed: {self._error}", "see the log of its process")
         return UnavailableError("the engine was closed", "try again: the model may be loading elsewhere")
+
+
+def _let_run(loop: asyncio.AbstractEventLoop) -> None:
+    """Wait until the loop has passed on what it got; beside steps that hold the GIL each of its turns takes a step."""
+    passed_on = threading.Event()
+
+    def turn(left: int) -> None:
+        if left:
+            loop.call_soon(turn, left - 1)
+        else:
+            passed_on.set()
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(turn, _HOPS)
+        passed_on.wait(_HOPS_TIMEOUT_S)

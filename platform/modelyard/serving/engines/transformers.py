@@ -124,6 +124,10 @@ class TransformersCore:
         self._waiting = deque(sequence for sequence in self._waiting if sequence.key != key)
 
     @property
+    def holds_gil(self) -> bool:
+        return False
+
+    @property
     def busy(self) -> bool:
         return bool(self._running or self._waiting)
 
