@@ -132,7 +132,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
         here.run("down")
 
 
-ray_slow = [pytest.mark.ray, pytest.mark.slow]
+ray_slow = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow]
 JOB = """
 import sys, ray
 ray.init(log_to_driver=False)
