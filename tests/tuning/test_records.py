@@ -14,7 +14,9 @@ from modelyard.config import parse
 from modelyard.errors import IntegrityError, NotFoundError
 from modelyard.tuning import tables
 from modelyard.tuning.config import Objective, StudyConfig, resolve
+from modelyard.tuning.recorder import Recorder
 from modelyard.tuning.report import importance, pictures
+from modelyard.tuning.space import known_space
 from modelyard.tuning.study import Rung, StudyFolder, StudyRecord, Trial, TrialStatus, best, spent_steps
 
 PERPLEXITY = Objective(metric="perplexity", mode="min")
@@ -127,3 +129,21 @@ def test_pictures_are_drawn(config: StudyConfig, many: list[Trial], tmp_path: Pa
         assert path.read_bytes().startswith(b"\x89PNG")
     nothing = pictures("counting", config, [trial(1)], tmp_path)
     assert (nothing.parallel, nothing.importance, nothing.curves) == (None, None, None)
+
+
+def test_a_trial_that_is_done_stays_as_it_is_when_it_is_told_again(config: StudyConfig) -> None:
+    space = known_space(config.train, config.space)
+    recorder = Recorder(StudyFolder("counting"), space)
+    raw = {"optimizer.learning_rate": 0.01, "optimizer.weight_decay": 0.1, "task.model.layers": 1}
+    result = {"run_id": "r", "step": 10, "figures": {"perplexity": 9.0}, "model_digest": "sha256:a"}
+
+    def told() -> Trial:
+        recorder.started("t1", raw)
+        recorder.reported("t1", raw, result)
+        recorder.ended("t1")
+        return recorder.trials()[0]
+
+    first = told()
+    assert first.status is TrialStatus.DONE
+    assert told() == first
+    assert Recorder(StudyFolder("counting"), space).trials() == [first]

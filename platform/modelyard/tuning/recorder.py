@@ -39,9 +39,14 @@ class Recorder:
             return sorted(self._trials.values(), key=lambda trial: trial.number)
 
     def started(self, trial_id: str, raw: Mapping[str, Any]) -> None:
-        """A trial runs, for the first time or again."""
+        """A trial runs, for the first time or again.
+
+        One that is done stays so: after a kill, Tune may know less than the record, and only hears its results again.
+        """
         params = self._space.decode(raw)
         known = self._trials.get(trial_id)
+        if known is not None and known.status is TrialStatus.DONE and known.params == params:
+            return
         if known is None:
             known = Trial(trial_id=trial_id, number=len(self._trials) + 1, params=params, started_s=time.time())
         self._set(known.with_changes(params=params, status=TrialStatus.RUNNING, reason="", ended_s=None))
@@ -65,6 +70,8 @@ class Recorder:
     def ended(self, trial_id: str, reason: str | None = None) -> None:
         """A trial is over: at its end, before it, or (with a reason) failed."""
         trial = self._trials[trial_id]
+        if trial.status is TrialStatus.DONE and reason is None:
+            return
         status = TrialStatus.DONE if trial.model_digest is not None else TrialStatus.STOPPED
         if reason is not None:
             status = TrialStatus.FAILED
