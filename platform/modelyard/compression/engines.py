@@ -18,9 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from modelyard.compression.extras import package
 from modelyard.errors import InputError
+from modelyard.extras import optional
 
+EXTRA = "compression"
+"""Of `pyproject.toml`: brings every package that is used here."""
 EngineName = Literal["torch", "openvino", "onnx", "llamacpp", "torch_export"]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -138,7 +140,7 @@ class OpenVINOEngine(Engine):
     """OpenVINO's CPU plugin on an IR: the folder's own, or one made from a GGUF file."""
 
     def __init__(self, folder: Path, threads: int, prepared: Path | None) -> None:
-        openvino = package("openvino", "openvino-genai")
+        openvino = optional("openvino", "openvino-genai", EXTRA)
         core = openvino.Core()
         properties = {"INFERENCE_NUM_THREADS": str(threads), "INFERENCE_PRECISION_HINT": "f32"}
         path = prepared or folder / "openvino" / "openvino_model.xml"
@@ -186,7 +188,7 @@ class OnnxEngine(Engine):
     """ONNX Runtime's CPU kernels."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        runtime = package("onnxruntime", "onnxruntime")
+        runtime = optional("onnxruntime", "onnxruntime", EXTRA)
         path = folder / "onnx" / "model.onnx"
         if not path.is_file():
             raise InputError("the model has no ONNX export", "add the step `kind: export, format: onnx`")
@@ -225,7 +227,7 @@ class LlamaCppEngine(Engine):
     """llama.cpp on a GGUF file. It gives tokens and their probabilities, not all scores."""
 
     def __init__(self, folder: Path, threads: int, prepared: Path | None) -> None:
-        llama = package("xllamacpp", "xllamacpp")
+        llama = optional("xllamacpp", "xllamacpp", EXTRA)
         path = prepared or folder / "gguf" / "model.gguf"
         self.weight_bytes = path.stat().st_size
         params = llama.CommonParams()
@@ -272,7 +274,7 @@ def gguf_to_ir(gguf: Path, folder: Path) -> Path:
     """OpenVINO's stateful IR of a Llama-style GGUF file, with its codes as they are; returns the `.xml`."""
     import shutil
 
-    genai = package("openvino_genai", "openvino-genai")
+    genai = optional("openvino_genai", "openvino-genai", EXTRA)
     copy = folder / "ir" / gguf.name
     copy.parent.mkdir(parents=True)
     shutil.copyfile(gguf, copy)

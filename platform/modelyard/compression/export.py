@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from modelyard.compression.engines import Engine, EngineName, LlamaCppEngine, gguf_to_ir, open_engine
-from modelyard.compression.extras import package, quiet
+from modelyard.compression.engines import EXTRA, Engine, EngineName, LlamaCppEngine, gguf_to_ir, open_engine
 from modelyard.compression.program import save_program
 from modelyard.compression.recipe import Export
 from modelyard.compression.workspace import EXPORT_FOLDERS, Workspace, batches
 from modelyard.errors import ConfigError, IntegrityError
+from modelyard.extras import optional, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -147,8 +147,8 @@ def _onnx(work: Workspace, step: Export, target: Path) -> None:
     """Scores of whole texts or of images; for texts there is no cache of keys and values in it."""
     import torch
 
-    package("onnx", "onnx")
-    package("onnxscript", "onnxscript")
+    optional("onnx", "onnx", EXTRA)
+    optional("onnxscript", "onnxscript", EXTRA)
     _, model = work.load()
     is_text = work.task.kind == "causal_lm"
     example = _example(work)
@@ -175,7 +175,7 @@ def _onnx(work: Workspace, step: Export, target: Path) -> None:
 
 
 def _quantize_onnx(work: Workspace, step: Export, path: Path, is_text: bool) -> None:
-    library = package("onnxruntime", "onnxruntime", "quantization")
+    library = optional("onnxruntime.quantization", "onnxruntime", EXTRA)
     full = path.with_name("full.onnx")
     with quiet():
         library.shape_inference.quant_pre_process(str(path), str(full), skip_symbolic_shape=True)
@@ -220,13 +220,13 @@ def _language_ir(work: Workspace, step: Export, target: Path) -> None:
     """A stateful IR with a cache; 8-bit weights, or 4-bit ones by NNCF or where the model's own have 4."""
     from modelyard.serving.export import write_gguf
 
-    openvino = package("openvino", "openvino-genai")
+    openvino = optional("openvino", "openvino-genai", EXTRA)
     _, model = work.load()
     scratch = work.new_folder("ir")
     write_gguf(model, work.folder, scratch / "model.gguf", exact=step.quantize == "int4")
     path = gguf_to_ir(scratch / "model.gguf", scratch)
     if step.quantize == "int4":
-        nncf = package("nncf", "nncf")
+        nncf = optional("nncf", "nncf", EXTRA)
         with quiet():
             smaller = nncf.compress_weights(
                 openvino.Core().read_model(path), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=32, ratio=1.0
@@ -243,14 +243,14 @@ def _language_ir(work: Workspace, step: Export, target: Path) -> None:
 def _classifier_ir(work: Workspace, step: Export, target: Path) -> None:
     import torch
 
-    openvino = package("openvino", "openvino-genai")
+    openvino = optional("openvino", "openvino-genai", EXTRA)
     _, model = work.load()
     example = _example(work)
     with quiet(), torch.no_grad():
         converted = openvino.convert_model(_scoring(model, False), example_input=example)
         converted.reshape([-1, *example.shape[1:]])
         if step.quantize == "int8_static":
-            nncf = package("nncf", "nncf")
+            nncf = optional("nncf", "nncf", EXTRA)
             rows = [_inputs(b).numpy() for b in work.calibration_batches(step.calibration_rows)]
             converted = nncf.quantize(converted, nncf.Dataset(rows), subset_size=len(rows))
         openvino.save_model(converted, target / "openvino_model.xml", compress_to_fp16=False)

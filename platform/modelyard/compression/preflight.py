@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Collection
 
-from modelyard.compression.extras import EXTRA
+from modelyard.compression.engines import EXTRA
 from modelyard.compression.recipe import Export, Quantize, Recipe
 from modelyard.errors import ConfigError, MissingExtraError
 from modelyard.tasks.base import Objective

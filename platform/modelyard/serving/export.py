@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelyard.errors import InputError, IntegrityError
-from modelyard.serving.extras import optional
+from modelyard.extras import optional
 from modelyard.tasks.compact import read_compact
 from modelyard.tasks.generation import load_tokenizer
 from modelyard.tasks.language_models import quiet_progress, read_config

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from modelyard.config import Config
-from modelyard.errors import ConfigError, MissingExtraError
+from modelyard.errors import ConfigError
+from modelyard.extras import optional
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,13 +92,7 @@ def import_peft() -> Any:
     Raises:
         MissingExtraError: it is not installed.
     """
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise MissingExtraError("peft", "lora") from None
-    return peft
+    return optional("peft", "peft", "lora")
 
 
 def base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

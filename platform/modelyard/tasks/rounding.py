@@ -6,12 +6,10 @@ compute with the very same weights: 8 bits symmetric in groups of 32 is Q8_0, 4 
 
 from __future__ import annotations
 
-import importlib
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from modelyard.errors import MissingExtraError
+from modelyard.extras import optional
 from modelyard.tasks.compact import StoredLayer, dequantize
 
 if TYPE_CHECKING:
@@ -108,21 +106,9 @@ def _rounded_forward(module: Any, layer: StoredLayer) -> Any:
 
 
 def import_torchao(module: str) -> Any:
-    """A module of torchao, without the lines that its import logs about kernels for other machines.
+    """A module of torchao.
 
     Raises:
         MissingExtraError: it is not installed.
     """
-    noisy = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in noisy]
-    try:
-        for logger in noisy:
-            logger.setLevel(logging.ERROR)
-        return importlib.import_module(f"torchao.{module}")
-    except ModuleNotFoundError as error:
-        if error.name != "torchao":
-            raise
-        raise MissingExtraError("torchao", "compression") from None
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
+    return optional(f"torchao.{module}", "torchao", "compression")

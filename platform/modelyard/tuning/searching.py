@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from typing import Any
 
@@ -16,7 +15,7 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
-from modelyard.errors import MissingExtraError
+from modelyard.extras import optional
 from modelyard.tuning.config import Asha, MedianStopping, Pbt, StudyConfig
 from modelyard.tuning.space import Dimension, Space
 
@@ -30,8 +29,7 @@ def require_optuna() -> None:
     Raises:
         MissingExtraError: with the extra that brings it.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise MissingExtraError("optuna", "tune")
+    optional("optuna", "optuna", "tune")
 
 
 def param_space(config: StudyConfig, space: Space) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from modelyard.artifacts import filesystem
 from modelyard.data.config import ImageConfig, ImageFolder, ImageParquet, SklearnDigits
 from modelyard.data.sources import Part, Picture, parquet, paths, plan, read
-from modelyard.errors import DataError, MissingExtraError
+from modelyard.errors import DataError
+from modelyard.extras import optional
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -23,10 +24,7 @@ _DIGITS_WHITE = 16.0
 @plan.register
 def plan_digits(source: SklearnDigits) -> list[Part]:
     """One part: they are few."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("scikit-learn", "examples") from None
+    optional("sklearn", "scikit-learn", "examples")
     return [Part("digits")]
 
 

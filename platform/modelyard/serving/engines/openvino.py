@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from modelyard.errors import InputError, UnavailableError
+from modelyard.extras import optional
 from modelyard.serving.engines.json_schema import plain_schema
 from modelyard.serving.engines.memory import MIB, cache_token_bytes, fit_context
 from modelyard.serving.engines.threaded import ThreadedEngine
-from modelyard.serving.extras import optional
 from modelyard.serving.protocol import EngineRequest, EngineStats, Feature, Sampling, TokenLogprob, Tokens
 from modelyard.tasks.language_models import read_config
 

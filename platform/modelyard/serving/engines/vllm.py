@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from modelyard.errors import InputError, UnavailableError
+from modelyard.extras import optional
 from modelyard.serving.engines.json_schema import plain_schema
-from modelyard.serving.extras import optional
 from modelyard.serving.protocol import EngineRequest, EngineStats, Feature, Sampling, TokenLogprob, Tokens
 
 MAX_TOP_LOGPROBS = 20

@@ -1,4 +1,4 @@
-"""Packages that only some installations have, without the noise that their imports make."""
+"""Packages that only some installations have."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from typing import Any
 
 from modelyard.errors import MissingExtraError
 
-EXTRA = "compression"
-_LOGGERS = ("torchao", "torch.utils._pytree", "nncf", "torch.onnx", "onnxscript", "onnx_ir")
+_NOISY = ("torchao", "torch.utils._pytree", "nncf", "torch.onnx", "onnxscript", "onnx_ir")
 
 
-def package(root: str, distribution: str, module: str = "") -> Any:
-    """Import `root.module`.
+def optional(module: str, package: str, extra: str) -> Any:
+    """Import `module`, without the noise that some packages make.
 
     Raises:
-        MissingExtraError: `distribution` is not installed.
+        MissingExtraError: `package`, which `modelyard[extra]` installs, is not there.
     """
     try:
         with quiet():
-            return importlib.import_module(f"{root}.{module}" if module else root)
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != root:
+        if error.name != module.partition(".")[0]:
             raise  # it is there, and something that it needs is not
-        raise MissingExtraError(distribution, EXTRA) from None
+        raise MissingExtraError(package, extra) from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Only errors from packages that report on every import and every layer."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
