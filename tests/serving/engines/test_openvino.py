@@ -11,28 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from tests.serving.engines.asking import PROMPTS, TOKENS, answer, asking, ids
 from tests.serving.models import CONTEXT, log_probabilities, tiny_llama
 
 from modelyard.errors import CapacityError, InputError, UnavailableError
 from modelyard.serving.engines.openvino import generation_options, openvino_engine
 from modelyard.serving.engines.threaded import ThreadedEngine
 from modelyard.serving.export import read_gguf, write_gguf
-from modelyard.serving.protocol import EngineRequest, Sampling, Tokens
+from modelyard.serving.protocol import Sampling, Tokens
 from modelyard.tasks import load_model
 from modelyard.tasks.generation import load_tokenizer
 from modelyard.tasks.language_models import load_folder
 
 pytest.importorskip("openvino_genai", reason="needs the extra openvino")
-TOKENS = 24
-PROMPTS = [[3 + (7 * i + 5 * j) % 250 for j in range(4 + 9 * (i % 5))] for i in range(16)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +50,6 @@ def engine(gguf: Path, folder: Path) -> Iterator[ThreadedEngine]:
     engine = openvino_engine(gguf, folder, eos_ids={0}, cache_mib=8, threads=1)
     yield engine
     asyncio.run(engine.close())
-
-
-def asking(prompt: list[int], **sampling: Any) -> EngineRequest:
-    return EngineRequest("r", prompt, Sampling(**{"max_tokens": TOKENS, "temperature": 0.0, **sampling}))
-
-
-async def answer(engine: ThreadedEngine, request: EngineRequest) -> list[Tokens]:
-    return [tokens async for tokens in engine.stream(request)]
-
-
-def ids(answer: list[Tokens]) -> list[int]:
-    return [token for tokens in answer for token in tokens.ids]
 
 
 def test_sixteen_streams_at_once_answer_as_each_does_alone(engine: ThreadedEngine) -> None:

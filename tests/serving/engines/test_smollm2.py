@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,29 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+from tests.serving.engines.asking import answer, ids
+from tests.serving.engines.asking import asking as asked
 from tests.serving.models import smollm2_gguf
 
 from modelyard.serving.engines.openvino import openvino_engine
 from modelyard.serving.engines.threaded import ThreadedEngine
 from modelyard.serving.engines.transformers import transformers_engine
 from modelyard.serving.export import read_gguf, write_gguf
-from modelyard.serving.protocol import EngineRequest, Sampling, Tokens
+from modelyard.serving.protocol import Tokens
 from modelyard.tasks.generation import load_tokenizer
 from modelyard.tasks.language_models import load_folder
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("openvino_genai", reason="needs the extra openvino")
 TOKENS = 32
+asking = functools.partial(asked, max_tokens=TOKENS)
 END = 2
 ANIMALS = "dog cat cow pig hen fox owl bee ant bat elk emu yak rat ram eel".split(" ")  # noqa: SIM905
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +66,6 @@ def prompts(folder: Path) -> list[list[int]]:
         )
         for text in texts
     ]
-
-
-def asking(prompt: list[int], **sampling: Any) -> EngineRequest:
-    return EngineRequest("r", prompt, Sampling(**{"max_tokens": TOKENS, "temperature": 0.0, **sampling}))
-
-
-async def answer(engine: ThreadedEngine, request: EngineRequest) -> list[Tokens]:
-    return [tokens async for tokens in engine.stream(request)]
-
-
-def ids(answer: list[Tokens]) -> list[int]:
-    return [token for tokens in answer for token in tokens.ids]
 
 
 def test_sixteen_streams_at_once_answer_as_each_does_alone_and_in_english(engine: ThreadedEngine, folder: Path) -> None:

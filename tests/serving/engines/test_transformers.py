@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.serving.engines.asking import PROMPTS, TOKENS, answer, asking, ids
 from tests.serving.models import CONTEXT, greedy, log_probabilities, tiny_llama
 
 from modelyard.errors import CapacityError, InputError, UnavailableError
@@ -19,19 +20,8 @@ from modelyard.serving.engines.memory import MIB
 from modelyard.serving.engines.ragged import BLOCK_TOKENS
 from modelyard.serving.engines.threaded import ThreadedEngine
 from modelyard.serving.engines.transformers import TransformersCore, transformers_engine
-from modelyard.serving.protocol import EngineRequest, Sampling, Tokens
+from modelyard.serving.protocol import Sampling, Tokens
 from modelyard.tasks import load_model
-
-TOKENS = 24
-PROMPTS = [[3 + (7 * i + 5 * j) % 250 for j in range(4 + 9 * (i % 5))] for i in range(16)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +38,6 @@ def engine(folder: Path) -> Iterator[ThreadedEngine]:
     engine = transformers_engine(model_of(folder), eos_ids={0}, cache_mib=64)
     yield engine
     asyncio.run(engine.close())
-
-
-def asking(prompt: list[int], **sampling: Any) -> EngineRequest:
-    return EngineRequest("r", prompt, Sampling(**{"max_tokens": TOKENS, "temperature": 0.0, **sampling}))
-
-
-async def answer(engine: ThreadedEngine, request: EngineRequest) -> list[Tokens]:
-    return [tokens async for tokens in engine.stream(request)]
-
-
-def ids(answer: list[Tokens]) -> list[int]:
-    return [token for tokens in answer for token in tokens.ids]
 
 
 def test_sixteen_streams_at_once_answer_as_plain_transformers_does_one_by_one(
