@@ -9,14 +9,6 @@ from click.testing import CliRunner, Result
 from modelyard.artifacts import Parent, Registry, VersionInfo
 from modelyard.cli.models import complete_reference, models
 from modelyard.errors import IntegrityError, NotFoundError
-from modelyard.observability.mlflow_client import connect
-
-
-@pytest.fixture(scope="module")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("mlflow") / "fresh.db"
-    connect(f"sqlite:///{path}")
-    return path.read_bytes()
 
 
 @pytest.fixture(autouse=True)

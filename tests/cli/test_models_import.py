@@ -15,17 +15,9 @@ from modelyard.artifacts import Registry
 from modelyard.cli.models import models
 from modelyard.cli.predict import predict_command
 from modelyard.errors import InputError, IntegrityError, UnsafeFileError
-from modelyard.observability.mlflow_client import connect
 from modelyard.serving.export import write_gguf
 from modelyard.tasks import CausalLM, load_model
 from modelyard.tasks.generation import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("mlflow") / "fresh.db"
-    connect(f"sqlite:///{path}")
-    return path.read_bytes()
 
 
 @pytest.fixture(autouse=True)

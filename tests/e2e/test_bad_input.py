@@ -16,7 +16,6 @@ from modelyard.artifacts import Registry, Store
 from modelyard.cli.main import run
 from modelyard.cli.train import train_command
 from modelyard.config import settings
-from modelyard.observability.mlflow_client import connect
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "train.py"
 
@@ -26,13 +25,6 @@ class Refusal(NamedTuple):
 
     code: int
     text: str
-
-
-@pytest.fixture(scope="module")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("mlflow") / "fresh.db"
-    connect(f"sqlite:///{path}")
-    return path.read_bytes()
 
 
 @pytest.fixture(autouse=True)

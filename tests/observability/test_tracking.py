@@ -12,13 +12,6 @@ from modelyard.observability import Tracker
 from modelyard.observability.mlflow_client import connect
 
 
-@pytest.fixture(scope="module")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("mlflow") / "fresh.db"
-    connect(f"sqlite:///{path}")
-    return path.read_bytes()
-
-
 @pytest.fixture
 def uri(fresh_database: bytes, tmp_path: Path) -> str:
     (tmp_path / "mlflow.db").write_bytes(fresh_database)
