@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _LOST = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError, ray.exceptions.NodeDiedError)
 _RETRY_AFTER_S = 1.0
+_LOOK_TIMEOUT_S = 30.0
+"""Serve's controller must have said by then what is deployed; until it does, what was known last counts."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class ServeBackend:
         self._paused: dict[str, float] = {}
         """Sites that failed, and until when the cloud is asked before them."""
         self._looking: asyncio.Task[None] | None = None
+        self._looked = asyncio.Event()
         self._shadows: set[asyncio.Task[None]] = set()
 
     async def models(self) -> Sequence[ServedModel]:
@@ -216,21 +219,24 @@ class ServeBackend:
     async def _look(self) -> None:
         """Wait for the first look; later ones go on by themselves."""
         if self._looking is None or self._looking.done():
-            first = asyncio.Event()
-            self._looking = asyncio.create_task(self._look_on(first))
-            waiting = asyncio.create_task(first.wait())
-            await asyncio.wait({waiting, self._looking}, timeout=30.0, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
+            self._looked = asyncio.Event()
+            self._looking = asyncio.create_task(self._look_on(self._looked))
+        if not self._looked.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._looked.wait(), _LOOK_TIMEOUT_S)
 
-    async def _look_on(self, first: asyncio.Event) -> None:
+    async def _look_on(self, looked: asyncio.Event) -> None:
         while True:
             try:
                 details = await _details()
                 targets = tuple(each.target for each in deployed(details).values())
                 self._view = _View(targets, await asyncio.to_thread(self._judged, targets))
+            except TimeoutError:
+                logger.warning("Serve's controller has not said for %g s what is deployed", _LOOK_TIMEOUT_S)
             except (ray.exceptions.RayError, StorageError) as error:
                 logger.warning("could not look at what is deployed: %s", error)
-            first.set()
+            finally:
+                looked.set()
             await asyncio.sleep(self._app.refresh_s)
 
     def _judged(self, targets: Sequence[Target]) -> Mapping[str, Share]:
@@ -287,7 +293,8 @@ async def _details() -> Mapping[str, Any]:
     from ray.serve.context import _get_global_client
 
     client = _get_global_client()
-    details: Mapping[str, Any] = await client._controller.get_serve_instance_details.remote()
+    async with asyncio.timeout(_LOOK_TIMEOUT_S):
+        details: Mapping[str, Any] = await client._controller.get_serve_instance_details.remote()
     return details
 
 
