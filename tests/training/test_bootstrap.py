@@ -72,3 +72,13 @@ def test_a_thousand_resamples_of_fifty_thousand_rows_take_seconds() -> None:
     found = bootstrap(ImageClassification().metrics, stats, samples=100)
     assert (time.process_time() - started) * 10 < 20
     assert found["accuracy"].holds(0.9)
+
+
+def test_a_row_may_have_several_numbers_which_stay_together() -> None:
+    stats = {"pair": np.array([[1, 10], [2, 20], [3, 30]]), "one": np.array([1, 2, 3])}
+
+    def metrics(drawn: Stats) -> dict[str, float]:
+        assert (drawn["pair"] == drawn["one"][:, None] * [1, 10]).all()
+        return {"sum": float(drawn["pair"].sum())}
+
+    assert bootstrap(metrics, stats, samples=20)["sum"].value == 66

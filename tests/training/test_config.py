@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelyard.config import parse
+from modelyard.config import load, parse
 from modelyard.errors import ConfigError
 from modelyard.training import TrainConfig
 from modelyard.training.config import Adam, AdamW, Muon, Workers
+from modelyard.training.strategies import AllReduce, Gossip, ParameterServer
 
 MODEL = {"layers": 1, "hidden_size": 8, "heads": 1}
 
@@ -44,6 +46,18 @@ def build(**sections: Any) -> TrainConfig:
         ({"optimizer": {"momentum": 0.9}}, ["optimizer.momentum", "unknown key"]),
         ({"name": "a b"}, ["name", "a b"]),
         ({"run": "../up"}, ["run", "../up"]),
+        ({"training": {"strategy": "gosip"}}, ["training.strategy.kind", "'gosip'", "'gossip'"]),
+        ({"training": {"strategy": {"kind": "gossip", "topolgy": "ring"}}}, ["strategy.topolgy", "'topology'"]),
+        ({"training": {"strategy": {"kind": "parameter_server", "staleness": -1}}}, ["strategy.staleness", "got -1"]),
+        ({"training": {"strategy": "gossip", "zero_stage": 1}}, ["gossip", "zero_stage to 0", "got 1"]),
+        ({"training": {"strategy": "gossip", "noise_every_steps": 5}}, ["noise_every_steps to 0", "got 5"]),
+        ({"training": {"strategy": "parameter_server", "noise_every_steps": 5}}, ["noise_every_steps", "staleness 0"]),
+        ({"training": {"strategy": "parameter_server", "offload_optimizer": True}}, ["parameter_server", "offload"]),
+        ({"training": {"strategy": "gossip", "deepspeed": {"zenflow": {}}}}, ["gossip", "training.deepspeed"]),
+        (
+            {"training": {"strategy": "gossip", "gradient_clipping": 0}, "optimizer": {"kind": "muon"}},
+            ["muon", "training.strategy=all_reduce"],
+        ),
         ({"trainings": {}}, ["trainings", "unknown key", "'training'"]),
         ({"task": {"kind": "causal_lm", "model": {**MODEL, "layer": 2}}}, ["task.model.layer", "'layers'"]),
     ],
@@ -59,6 +73,50 @@ def test_a_setting_that_cannot_work_is_refused_with_field_value_and_limit(
 
 def test_a_number_of_workers_means_exactly_that_many() -> None:
     assert build(workers=2).workers == Workers(min=2, max=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("all_reduce", AllReduce()),
+        ("gossip", Gossip()),
+        ({"kind": "gossip", "topology": "ring"}, Gossip(topology="ring")),
+        ("parameter_server", ParameterServer()),
+        ({"kind": "parameter_server", "staleness": 4}, ParameterServer(staleness=4)),
+    ],
+)
+def test_a_strategy_is_a_name_or_a_name_with_settings(given: Any, meant: Any) -> None:
+    assert build(training={"strategy": given}).training.strategy == meant
+
+
+@pytest.mark.parametrize(
+    ("strategy", "zero_stage", "noise_every_steps"),
+    [
+        ("all_reduce", 1, 10),
+        ("gossip", 0, 0),
+        ("parameter_server", 0, 0),
+        ({"kind": "parameter_server", "staleness": 0}, 0, 10),
+    ],
+)
+def test_defaults_follow_the_strategy_and_survive_a_file(
+    tmp_path: Path, strategy: Any, zero_stage: int, noise_every_steps: int
+) -> None:
+    config = build(training={"strategy": strategy})
+    assert (config.training.zero_stage, config.training.noise_every_steps) == (zero_stage, noise_every_steps)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load(TrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_a_strategy_can_be_chosen_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(build().to_yaml().replace("zero_stage: 1", "zero_stage: 0"))
+    chosen = ["--training.strategy.kind=parameter_server", "--training.strategy.staleness=0"]
+    assert load(TrainConfig, tmp_path / "config.yaml", chosen).training.strategy == ParameterServer(staleness=0)
+
+
+@pytest.mark.parametrize("strategy", ["gossip", "parameter_server"])
+def test_gangs_of_other_strategies_may_grow_and_shrink(strategy: str) -> None:
+    config = build(training={"strategy": strategy}, optimizer={"kind": "sgd"}, workers={"min": 1, "max": 4})
+    assert config.workers.max == 4
 
 
 def test_true_is_no_number_of_workers() -> None:

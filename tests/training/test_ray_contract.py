@@ -23,6 +23,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupState
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.result import Result
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
 
 from modelyard.training.elastic import RoomPolicy
 
@@ -162,3 +164,11 @@ def test_rays_cluster_state_still_has_the_shape_we_read(ray_cluster: str) -> Non
     free = state.available_resources_per_node()
     assert entry["NodeID"] in free, "adapt cluster.py: free resources are not told by the hex id of a node"
     assert state.state.get_draining_nodes() == {}, "adapt cluster.py: get_draining_nodes() is no dict of node ids"
+
+
+def test_a_trial_of_tune_still_names_the_actor_that_runs_it() -> None:
+    says = "adapt tuning/recorder.py: a trial's actor is no longer trial.temporary_state.ray_actor"
+    assert Trial("any", stub=True).temporary_state.ray_actor is None, says
+    assert "on_experiment_end" in inspect.getsource(TuneController.end_experiment_callbacks), (
+        "adapt tuning/recorder.py: the callback hears no longer of the end of the study"
+    )

@@ -205,6 +205,9 @@ def lease(request: Request, *, timeout_s: float | None = None, renew_s: float = 
         held._wait(timeout_s)
         yield held
         status = Status.DONE
+    except KeyboardInterrupt:
+        status = Status.CANCELLED
+        raise
     finally:
         _closed_quietly(held, status)
 

@@ -22,14 +22,12 @@ from modelyard.tasks.generation import (
 )
 from modelyard.tasks.language_models import ModelSource, PretrainedModel, load_folder, quiet_progress, read_config
 from modelyard.tasks.lora import Lora, base_state, load_adapter, save_adapter
+from modelyard.tasks.slices import POSITIONS, TARGETS, TOKENS, WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
 
     from modelyard.data.dataset import DatasetInfo
-
-TOKENS = "input_ids"
-"""Column of a token dataset: (n, T) unsigned token ids."""
 
 
 class CausalLM(Task):
@@ -90,13 +88,17 @@ class CausalLM(Task):
         return {TOKENS: torch.from_numpy(rows[TOKENS].astype(np.int64)).to(device, non_blocking=True)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return _token_losses(model, batch).mean(dim=1)
+        """Of slices of rows (`slices.cut`), the slice's share of the row's mean."""
+        losses = _token_losses(model, batch)
+        return losses @ batch[WEIGHTS] if WEIGHTS in batch else losses.mean(dim=1)
 
     def statistics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`nll`: fp32 sum of the row's losses in nats; `tokens`: int64 number of predicted tokens."""
         import torch
 
         losses = _token_losses(model, batch)
+        if WEIGHTS in batch:
+            losses = losses[:, batch[WEIGHTS] > 0]
         tokens = torch.full((losses.shape[0],), losses.shape[1], dtype=torch.int64, device=losses.device)
         return {"nll": losses.sum(dim=1), "tokens": tokens}
 
@@ -208,9 +210,12 @@ class CausalLM(Task):
 
 
 def _token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    from modelyard.tasks.cross_entropy import shifted_cross_entropy
+    from modelyard.tasks.cross_entropy import cross_entropy, shifted_cross_entropy
 
     tokens_BT = batch[TOKENS]
+    if TARGETS in batch:
+        logits_BTV = model(input_ids=tokens_BT, position_ids=batch[POSITIONS], use_cache=False).logits
+        return cross_entropy(logits_BTV, batch[TARGETS])  # (B, T of the slice)
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     return shifted_cross_entropy(logits_BTV, tokens_BT)  # (B, T-1)
 

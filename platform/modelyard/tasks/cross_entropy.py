@@ -67,10 +67,14 @@ def shifted_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     The logits are used up: after the backward pass their memory holds their gradient.
     The last position predicts nothing. Its loss is made and dropped: cheaper than copying T-1 of T logits.
     """
+    return cross_entropy(logits, torch.roll(tokens, -1, dims=1))[:, :-1]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each target: (B, T, V) logits and (B, T) int64 targets -> (B, T) fp32 nats. Uses the logits up."""
     batch, length, vocabulary = logits.shape
-    targets = torch.roll(tokens, -1, dims=1)
     losses = cast(
         Tensor,
         _CrossEntropy.apply(logits.reshape(-1, vocabulary), targets.reshape(-1)),  # type: ignore[no-untyped-call]
     )
-    return losses.view(batch, length)[:, :-1]
+    return losses.view(batch, length)

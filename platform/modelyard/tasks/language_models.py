@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -25,6 +25,18 @@ ATTENTION = "sdpa"
 
 
 _NOISY = ("torchao", "torch.utils._pytree")  # torchao, where it is installed, reports kernels for other machines
+
+
+class ModelSizes(NamedTuple):
+    """The numbers that decide how a model may be cut."""
+
+    heads: int
+    kv_heads: int
+    layers: int
+    feed_forward: int
+    vocabulary: int
+    tied: bool
+    """Whether the embedding is the output matrix too."""
 
 
 class LlamaModel(Config):
@@ -78,6 +90,17 @@ class LlamaModel(Config):
         """(vocabulary, longest text in tokens) of the model for this dataset."""
         return self.vocabulary(info.vocab_size or 0), self.max_positions or info.block_tokens
 
+    def sizes(self, info: DatasetInfo) -> ModelSizes:
+        """What the model will have for this dataset."""
+        return ModelSizes(
+            heads=self.heads,
+            kv_heads=self.kv_heads or self.heads,
+            layers=self.layers,
+            feed_forward=self.feed_forward(),
+            vocabulary=self.limits(info)[0],
+            tied=self.tied_embeddings,
+        )
+
     def build(self, info: DatasetInfo) -> nn.Module:
         """Fresh fp32 weights from torch's global random generator."""
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -129,6 +152,21 @@ class PretrainedModel(Config):
         text = config.get("text_config", config)
         positions = next((text[k] for k in ("max_position_embeddings", "n_positions") if k in text), None)
         return int(text.get("vocab_size", 0)), positions
+
+    def sizes(self, info: DatasetInfo) -> ModelSizes:
+        """What the folder's `config.json` says, by the names of Llama-like models or of GPT-2; `info` plays no part."""
+        config = read_config(self.folder())
+        text = config.get("text_config", config)
+        heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
+        hidden = int(text.get("hidden_size") or text.get("n_embd") or 0)
+        return ModelSizes(
+            heads=heads,
+            kv_heads=int(text.get("num_key_value_heads") or heads),
+            layers=int(text.get("num_hidden_layers") or text.get("n_layer") or 0),
+            feed_forward=int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden),
+            vocabulary=int(text.get("vocab_size", 0)),
+            tied=bool(text.get("tie_word_embeddings", True)),
+        )
 
     def build(self, info: DatasetInfo) -> nn.Module:
         """The folder's weights in fp32; code that a folder may bring along is never run."""

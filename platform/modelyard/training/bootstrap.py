@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Stats = Mapping[str, npt.NDArray[Any]]
-"""Named statistics of n rows, each (n,)."""
+"""Named statistics of n rows, each (n, ...)."""
 MetricsFunction = Callable[[Stats], dict[str, float]]
 
 
@@ -73,7 +73,7 @@ def _resamples(stats: Stats, samples: int, seed: int) -> Iterator[npt.NDArray[np
 
 
 def _take(stats: Stats, rows: npt.NDArray[np.int64]) -> Stats:
-    return {name: values.take(rows) for name, values in stats.items()}
+    return {name: values.take(rows, axis=0) for name, values in stats.items()}
 
 
 def _intervals(whole: Mapping[str, float], drawn: list[dict[str, float]], confidence: float) -> dict[str, Interval]:

@@ -23,10 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from modelyard.artifacts import filesystem
 from modelyard.artifacts.manifest import FileEntry
 from modelyard.config import Config
 from modelyard.errors import IntegrityError, NotFoundError, WaitTimeoutError
+from modelyard.training.parallel import Parallel
 from modelyard.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ class TrainState(Config):
     num_workers: int
     """Workers that wrote the checkpoint; another number reads it in the universal format."""
     zero_stage: int
+    parallel: Parallel = Field(default=Parallel(), exclude_if=lambda parallel: parallel == Parallel())
+    """How workers shared the model."""
     elapsed_s: float = 0.0
     """Seconds of training so far, over all attempts."""
     best_metric: float | None = None
@@ -185,7 +190,10 @@ class CheckpointWriter:
         staging: Path,
         commit_timeout_s: float,
         on_commit: Callable[[Checkpoint], None] | None = None,
+        tensor: int = 1,
+        owns_staging: bool = False,
     ) -> None:
+        """`tensor`: workers of each tensor-parallel group. `owns_staging`: no other worker writes to `staging`."""
         self._folder = folder
         self._rank = rank
         self._num_workers = num_workers
@@ -193,6 +201,7 @@ class CheckpointWriter:
         self._staging = staging
         self._commit_timeout_s = commit_timeout_s
         self._on_commit = on_commit
+        self._tensor, self._owns_staging = tensor, owns_staging
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -241,11 +250,20 @@ class CheckpointWriter:
             self._commit(name, state)
 
     def _own_files(self, folder: Path) -> list[Path]:
-        """DeepSpeed names files by rank; those of no rank are worker 0's. Other workers may share the folder."""
+        """DeepSpeed names files by place: `pp` among the groups of workers, `mp` in a tensor-parallel group.
+
+        Those of no place are worker 0's. Other workers may share the folder. A pipeline's layers are named otherwise.
+        """
+        if self._owns_staging:
+            kinds = ("*",) if self._rank == 0 else ("*.pt",)
+            return sorted(path for kind in kinds for path in folder.rglob(kind) if path.is_file())
         mine = []
         for path in sorted(folder.rglob("*")):
-            match = re.search(r"pp_rank_(\d+)_", path.name)
-            if path.is_file() and (int(match[1]) if match else 0) == self._rank:
+            data, part = (re.search(rf"{kind}_rank_(\d+)_", path.name) for kind in ("pp", "mp"))
+            owner = (int(data[1]) if data else 0) * self._tensor + (int(part[1]) if part else 0)
+            if worker := re.fullmatch(r"worker-(\d+)\.pt", path.name):  # of a strategy that is not DeepSpeed's
+                owner = int(worker[1])
+            if path.is_file() and owner == self._rank:
                 mine.append(path)
         return mine
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from modelyard.config import Config
 from modelyard.tasks import TaskConfig
+from modelyard.training.parallel import Parallel, check
+from modelyard.training.strategies import AllReduce, ParameterServer, Strategy
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -86,8 +88,13 @@ class Training(Config):
     """Rows per optimizer step over all workers; the same whatever the number of workers."""
     micro_batch_size: Positive = 8
     """Most rows in one forward pass of one worker; smaller needs less memory and accumulates gradients."""
+    strategy: Strategy = AllReduce()
+    """How workers share what they learn: `all_reduce`, `parameter_server` or `gossip`, or one of them with settings."""
+    parallel: Parallel = Parallel()
+    """How many workers share one copy of the model: `{tensor: 2}`, `{sequence: 2}` or `{pipeline: 2}`."""
     zero_stage: int = Field(default=1, ge=0, le=3)
-    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer states, 2 also gradients, 3 also parameters. Under another
+    `strategy` than `all_reduce`, which keep whole replicas, the default is 0."""
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 clips nothing."""
@@ -102,13 +109,59 @@ class Training(Config):
     log_every_steps: Positive = 1
     """Steps between logged losses."""
     noise_every_steps: int = Field(default=10, ge=0)
-    """Steps between measurements of the gradient noise scale; 0 measures none."""
+    """Steps between measurements of the gradient noise scale; 0 measures none, the default where no gradient of a
+    whole batch is formed of equal weights (strategy `gossip`, `parameter_server` with a `staleness`) or no
+    worker sees the whole gradient of a micro-batch (`parallel.sequence`, `parallel.pipeline`)."""
     record_samples: bool = False
     """Record the ids of the rows of every step in the run's history (for audits of the data order)."""
     stop_after_s: float | None = Field(default=None, gt=0)
     """Seconds after which the run checkpoints and ends early."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed settings, merged into the generated config; keys that Modelyard owns are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_follow_the_strategy(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "strategy" not in data:
+            return data
+        given = data["strategy"]
+        kind = given if isinstance(given, str) else _read(given, "kind", "all_reduce")
+        if kind == "all_reduce":
+            return data
+        stale = kind == "gossip" or _read(given, "staleness", ParameterServer().staleness) != 0
+        return {"zero_stage": 0, **({"noise_every_steps": 0} if stale else {}), **data}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_of_gradients_have_no_noise_scale(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and any(
+            _read(data.get("parallel", {}), kind, 1) != 1 for kind in ("sequence", "pipeline")
+        ):
+            return {"noise_every_steps": 0, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> Self:
+        kind = self.strategy.kind
+        if kind == "all_reduce":
+            return self
+        if self.zero_stage > 0:
+            raise ValueError(
+                f"strategy {kind} keeps whole replicas: set zero_stage to 0 or leave it out (got {self.zero_stage})"
+            )
+        if self.offload_optimizer or self.offload_parameters:
+            raise ValueError(
+                f"strategy {kind} has nothing to offload: set offload_optimizer and offload_parameters to false"
+            )
+        if self.deepspeed:
+            raise ValueError(f"strategy {kind} does not run on DeepSpeed: take out training.deepspeed")
+        if self.noise_every_steps and (kind == "gossip" or _read(self.strategy, "staleness", 0) > 0):
+            raise ValueError(
+                "the gradient noise scale needs the gradient of a whole batch at equal weights, which "
+                f"strategy {kind} does not form: set noise_every_steps to 0 (got {self.noise_every_steps}), or take "
+                "strategy all_reduce, or parameter_server with staleness 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _offload_needs_sharding(self) -> Self:
@@ -117,6 +170,11 @@ class Training(Config):
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError(f"offload_parameters needs zero_stage 3 (got {self.zero_stage})")
         return self
+
+
+def _read(section: Any, name: str, default: Any) -> Any:
+    """A field of a section that may still be plain data."""
+    return section.get(name, default) if isinstance(section, Mapping) else getattr(section, name, default)
 
 
 class Validation(Config):
@@ -259,10 +317,16 @@ class TrainConfig(Config):
                 f"schedule.warmup_steps={self.schedule.warmup_steps} must be below "
                 f"training.max_steps={self.training.max_steps}"
             )
-        if self.workers.max > self.training.global_batch_size:
+        check(self)
+        if self.workers.max // self.training.parallel.size > self.training.global_batch_size:
             raise ValueError(
                 f"workers.max={self.workers.max} is above training.global_batch_size="
                 f"{self.training.global_batch_size}: some workers would have no rows"
+            )
+        if self.optimizer.kind == "muon" and self.training.strategy.kind != "all_reduce":
+            raise ValueError(
+                f"optimizer muon needs whole matrices and DeepSpeed, which strategy {self.training.strategy.kind} does "
+                "not use: set training.strategy=all_reduce, or take optimizer adamw, adam or sgd"
             )
         if self.optimizer.kind == "muon" and self.training.zero_stage == 0:
             raise ValueError("optimizer muon needs training.zero_stage 1, 2 or 3 (got 0)")

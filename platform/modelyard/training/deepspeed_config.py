@@ -22,6 +22,9 @@ _OWNED = {
     "zero_optimization.offload_optimizer.device": "training.offload_optimizer",
     "zero_optimization.offload_param.device": "training.offload_parameters",
     "zero_force_ds_cpu_optimizer": "optimizer",
+    "tensor_parallel.autotp_size": "training.parallel.tensor",
+    "tensor_parallel.tp": "training.parallel.tensor",
+    "tensor_parallel.vocab_parallel_lm_head": "training.parallel.tensor",
 }
 """Settings that Modelyard derives, and the field to use instead."""
 
@@ -93,6 +96,13 @@ def deepspeed_config(
                 "weight_decay": muon.weight_decay,
             },
         }
+    if training.parallel.size > 1:
+        del result["train_batch_size"]  # DeepSpeed would count workers at first, groups of them later
+    if training.parallel.cuts_weights:
+        result["checkpoint"]["use_node_local_storage"] = False  # each worker of a group has model files to write
+    if training.parallel.tensor > 1:
+        # The task computes its loss from whole logits.
+        result["tensor_parallel"] = {"autotp_size": training.parallel.tensor, "vocab_parallel_lm_head": False}
     check_passthrough(training.deepspeed)
     return _merged(result, training.deepspeed)
 

@@ -29,16 +29,17 @@ from modelyard.training.interrupts import Interrupted, original_error
 from modelyard.training.monitor import stop_request
 
 
-def room(nodes: Sequence[Node], workers: Workers, held: Mapping[str, int]) -> int:
+def room(nodes: Sequence[Node], workers: Workers, held: Mapping[str, int], group: int = 1) -> int:
     """Workers that could run now: free room on usable matching nodes plus `held` (node id -> own workers there).
 
-    Capped at `workers.max`.
+    Capped at `workers.max`, and a whole number of groups of `group` workers.
     """
     total = 0
     for node in nodes:
         if node.is_usable and node.matches(workers.selector):
             total += node.fits(workers.per_worker) + held.get(node.node_id, 0)
-    return min(total, workers.max)
+    total = min(total, workers.max)
+    return total - total % group
 
 
 def check_capacity(cluster: Cluster, workers: Workers) -> None:
@@ -93,13 +94,16 @@ class RoomPolicy(ScalingPolicy):  # type: ignore[misc]
         request_resize: Callable[[int], None],
         cluster: Cluster | None = None,
         is_closing: Callable[[], bool] = lambda: False,
+        group: int = 1,
     ) -> None:
+        """`group`: workers that hold one model together; only whole groups are started."""
         super().__init__(scaling_config)
         self._workers = workers
         self._need = _shown(workers.per_worker, workers.per_worker)
         self._request_resize = request_resize
         self._cluster = cluster or RayCluster()
         self._is_closing = is_closing
+        self._group = group
         self._held: dict[str, int] = {}
         self._waiting_since: float | None = None
         self._looked_at = time.monotonic()
@@ -109,7 +113,7 @@ class RoomPolicy(ScalingPolicy):  # type: ignore[misc]
         if self._is_closing():
             raise TrainingError("the run's driver leaves", "the same command continues at the newest checkpoint")
         self._maybe_send_resource_request()
-        fitting = room(self._cluster.nodes(), self._workers, self._held)
+        fitting = room(self._cluster.nodes(), self._workers, self._held, self._group)
         now = time.monotonic()
         if fitting < self._workers.min:
             self._waiting_since = self._waiting_since or now
@@ -137,7 +141,7 @@ class RoomPolicy(ScalingPolicy):  # type: ignore[misc]
         current = worker_group_state.num_workers
         if current < self._workers.max and now - self._looked_at >= self._workers.resize_interval_s:
             self._looked_at = now
-            fitting = room(self._cluster.nodes(), self._workers, self._held)
+            fitting = room(self._cluster.nodes(), self._workers, self._held, self._group)
             if fitting > current:
                 self._request_resize(fitting)
         return NoopDecision()

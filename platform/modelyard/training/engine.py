@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from modelyard.training.config import SGD, AdamW, Muon, TrainConfig
 from modelyard.training.cpu import broadcast_shards_over_gloo, import_muon_uncompiled, keep_freed_memory
 from modelyard.training.deepspeed_config import deepspeed_config
 from modelyard.training.noise import NoiseMeter, Norms
+from modelyard.training.pipeline import StagedModel, gathered, in_stages
 from modelyard.training.schedule import rate_factor
+from modelyard.training.sequence import SliceGroups, gradient_factor, share_attention
+from modelyard.training.tensor import gradient_norm, is_shard, require_plan, whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,10 @@ class Engine:
 
     Built on every worker at once (it runs collectives). `module` is the plain model inside.
     """
+
+    spread = 0
+    is_claiming = False
+    sent_bytes: int | None = None
 
     def __init__(
         self,
@@ -37,6 +46,13 @@ class Engine:
         from_universal: bool = False,
     ) -> None:
         deepspeed = import_deepspeed()
+        self.tensor = config.training.parallel.tensor
+        if self.tensor > 1:
+            require_plan(model, self.tensor)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._net, self._stages = model, config.training.parallel.pipeline
+        if self._stages > 1:
+            model = in_stages(model, self._stages)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         settings = deepspeed_config(
             config,
@@ -49,40 +65,60 @@ class Engine:
             keep_freed_memory()
             import_muon_uncompiled()
             broadcast_shards_over_gloo()
-        self._scale = plan.loss_scale
+        sequence = config.training.parallel.sequence
+        self._scale = plan.loss_scale * gradient_factor(settings["zero_optimization"], sequence)
         self._rows_weight = plan.loss_scale / len(plan.micro_batches)  # of a row's gradient, once DeepSpeed divided
         self._meter = NoiseMeter(model) if config.training.noise_every_steps else None
-        self._config = config
+        self._config, self._plan = config, plan
         self.stage = config.training.zero_stage
+        slices = self._slices(model, sequence)
         self._engine, optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=None if isinstance(config.optimizer, Muon) else _optimizer(model, config.optimizer),
             model_parameters=_tagged_for_muon(model) if isinstance(config.optimizer, Muon) else trainable,
             config=settings,
             dist_init_required=False,
+            mpu=slices,
         )
+        self._staged = StagedModel(self._engine, self._scale) if self._stages > 1 else None
         self._optimizer = optimizer
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self._settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        if self._meter is not None and self.tensor > 1:
+            self._meter.weigh([self.tensor if is_shard(parameter) else 1 for parameter in trainable])
         if config.training.compile:
             self._engine.compile()
+
+    @staticmethod
+    def _slices(model: torch.nn.Module, size: int) -> SliceGroups | None:
+        from deepspeed.utils import groups
+
+        groups.mpu = None  # of an engine before this one in the same process
+        if size == 1:
+            return None
+        slices = SliceGroups(size)
+        share_attention(model, slices.get_sequence_parallel_group())
+        return slices
 
     @property
     def model(self) -> torch.nn.Module:
         """The engine itself, callable like the model; forward passes must go through it."""
-        engine: torch.nn.Module = self._engine
+        engine: torch.nn.Module = self._staged or self._engine
         return engine
 
     @property
     def module(self) -> torch.nn.Module:
-        """The model inside (its parameters are partitioned under ZeRO-3)."""
-        module: torch.nn.Module = self._engine.module
-        return module
+        """The model inside (its parameters are partitioned under ZeRO-3, and elsewhere in a pipeline)."""
+        return self._net
 
     @property
-    def num_parameters(self) -> int:
-        """Weights of the whole model, trainable or not."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+    def is_whole(self) -> bool:
+        """Whether `module` holds all weights: they are partitioned under ZeRO-3, in tensor groups and in pipelines."""
+        return self.stage < 3 and self.tensor == 1 and self._staged is None
+
+    def parts(self, step: int) -> Iterator[RankPlan]:
+        """This worker's fixed part of every global batch."""
+        yield self._plan
 
     def backward(self, row_losses_b: torch.Tensor, *, is_last: bool, measure_rows: int = 0) -> None:
         """Add the gradient of the global batch's mean loss that comes from these rows, shape (B,).
@@ -101,7 +137,10 @@ class Engine:
             self._engine.step()
 
     def take_norms(self) -> Norms:
-        """Norms of this worker's micro-batches that were measured since the last call."""
+        """Norms of this worker's micro-batches that were measured since the last call.
+
+        A tensor-parallel group has measured the same micro-batches: the mean of its workers' sums is what they are.
+        """
         return self._meter.take() if self._meter is not None else Norms()
 
     def step(self, step: int) -> tuple[float, float]:
@@ -114,17 +153,28 @@ class Engine:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         norm = self._unsharded_norm() if self.stage == 0 else None
-        self._engine.step()
+        if self._staged is not None:
+            self._staged.step()
+        else:
+            self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return self._peaks[0] * factor, float(norm)
 
     def _unsharded_norm(self) -> float:
         """DeepSpeed clips without telling the norm at stage 0."""
+        if self.tensor > 1:
+            return gradient_norm(self.module.parameters())
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
+    @contextlib.contextmanager
+    def published(self) -> Iterator[torch.nn.Module]:
+        """Gives `model`: all workers hold the weights that would be published, at every step."""
+        yield self.model
+
     def save(self, folder: Path, tag: str) -> None:
         """Write this worker's part of the training state below `folder/tag`. Collective."""
+        (folder / tag).mkdir(parents=True, exist_ok=True)  # DeepSpeed makes it on some workers only
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str, *, weights_only: bool = False) -> None:
@@ -152,20 +202,37 @@ class Engine:
     def full_state(self) -> dict[str, torch.Tensor]:
         """Copies of all weights on the CPU, for saving the model. Collective; only rank 0 gets them."""
         state: dict[str, torch.Tensor] = {}
+        if self._staged is not None:
+            return gathered(self._net, self._stages)
         is_main = torch.distributed.get_rank() == 0
         deepspeed = import_deepspeed()
         # One parameter at a time, so that no worker needs memory for the whole model beside its own part.
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             context = deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
             with context:
+                value = whole(parameter) if self.tensor > 1 else parameter.detach()
                 if is_main:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = value.cpu().clone()
         if is_main:
             persistent = self.module.state_dict().keys()
             for name, buffer in self.module.named_buffers(remove_duplicate=False):
                 if name in persistent:
                     state[name] = buffer.detach().cpu().clone()
         return state
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def clipped(gradient: torch.Tensor, limit: float, square: float | None = None) -> float:
+    """Scale a gradient in place to the norm `limit` (0 clips nothing); its norm before.
+
+    `square`: the squared norm of the whole gradient, where this is a part of it.
+    """
+    norm = math.sqrt(square) if square is not None else float(torch.linalg.vector_norm(gradient))
+    if 0 < limit < norm + 1e-6:
+        gradient *= limit / (norm + 1e-6)
+    return norm
 
 
 def import_deepspeed() -> Any:
@@ -193,7 +260,11 @@ def import_deepspeed() -> Any:
 
 
 def _optimizer(model: torch.nn.Module, config: AdamW | SGD) -> torch.optim.Optimizer:
-    groups = _parameter_groups(model, config.weight_decay)
+    return torch_optimizer(_parameter_groups(model, config.weight_decay), config)
+
+
+def torch_optimizer(groups: list[dict[str, Any]], config: AdamW | SGD) -> torch.optim.Optimizer:
+    """Torch's own optimizer for `groups` of parameters, each with its `weight_decay`."""
     if isinstance(config, SGD):
         return torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov, foreach=False

@@ -17,7 +17,7 @@ from modelyard.config import Config
 from modelyard.data.dataset import Dataset
 from modelyard.errors import DataError
 from modelyard.tasks import Task, load_model, read_task
-from modelyard.tasks.classification_metrics import ClassScore
+from modelyard.tasks.classification_metrics import Score
 from modelyard.training.bootstrap import Interval, Stats, bootstrap
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ClassRow(NamedTuple):
     """One line of the per-class table."""
 
     name: str
-    score: ClassScore
+    score: Score
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Subject:
             raise DataError(f"{self.version.reference}: {error.problem}", error.todo) from error
 
     def score(self, dataset: Dataset, split: str, batch_size: int, on_progress: OnProgress | None = None) -> Stats:
-        """Statistics (n,) of every row of a split, in the order of the rows.
+        """Statistics (n, ...) of every row of a split, in the order of the rows.
 
         Raises:
             DataError: the dataset does not fit, or has no such split.

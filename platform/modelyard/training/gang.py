@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from modelyard.training.parallel import ALONE, Parallel
+
 T = TypeVar("T")
 
 
@@ -21,19 +23,60 @@ class Gang:
     device: torch.device
     node_id: str = ""
     """Ray's id of the node. Nodes are told apart by it, not by address, as `local_rank` would."""
+    parallel: Parallel = ALONE
+    """How the workers of one group share a model."""
 
     @property
     def is_main(self) -> bool:
         """Whether this is worker 0, which logs, commits and saves."""
         return self.rank == 0
 
+    @property
+    def part(self) -> int:
+        """This worker's place in its model-parallel group, from 0."""
+        return self.rank % self.parallel.size
+
+    @property
+    def slice(self) -> int:
+        """Which slice of its rows' tokens this worker has, from 0."""
+        return self.rank % self.parallel.sequence
+
+    @property
+    def data_rank(self) -> int:
+        """The place of this worker's group among the groups, which have rows of their own."""
+        return self.rank // self.parallel.size
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups."""
+        return self.num_workers // self.parallel.size
+
+    @property
+    def share(self) -> float:
+        """How much of a figure that this worker has measured is its own: its tensor-parallel group has the same."""
+        return 1.0 / self.parallel.tensor
+
+    @property
+    def dropout_rank(self) -> int:
+        """Workers of the same number draw the same random numbers: a tensor-parallel group computes the same rows."""
+        return self.data_rank if self.parallel.tensor > 1 else self.rank
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all workers, in float64."""
+        return self.begin_sum(values)()
+
+    def begin_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Like `sum`, without waiting for the others: the function that is returned does."""
         if self.num_workers == 1:
-            return list(values)
+            return lambda: list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        summed: list[float] = total.tolist()
+        work = dist.all_reduce(total, async_op=True)
+
+        def summed() -> list[float]:
+            work.wait()
+            found: list[float] = total.tolist()
+            return found
+
         return summed
 
     def from_main(self, value: T) -> T:

@@ -33,6 +33,7 @@ from modelyard.training.history import History
 from modelyard.training.interrupts import Interrupted, grouped, interruptible, original_error
 from modelyard.training.leased import Selectors, check_lease, request_of, train_on
 from modelyard.training.monitor import Record, is_closing, stop_request
+from modelyard.training.parallel import check_model
 from modelyard.training.progress import Progress
 from modelyard.training.run_folder import RunFolder
 from modelyard.training.summary import loss_curve
@@ -178,6 +179,7 @@ class Launch:
     def _check_data(self, dataset: Dataset) -> None:
         config = self._config
         config.task.check(dataset.info)
+        check_model(config, dataset.info)
         needed = {"train"}
         if config.validation.every_steps:
             needed.add(config.validation.split)
@@ -260,7 +262,11 @@ class Launch:
             lease(request, timeout_s=self._config.lease.timeout_s) as held,
             _Follower(monitor, [*sinks, _to_lease(held, self._config.training.global_batch_size)]),
         ):
-            return train_on(held, lambda selectors: self._leased(monitor, job, selectors), stop_request(monitor))
+            try:
+                return train_on(held, lambda selectors: self._leased(monitor, job, selectors), stop_request(monitor))
+            except Interrupted as error:
+                ended = error  # as it was asked to: no failure of the leased job
+        raise ended
 
     def _leased(self, monitor: Any, job: Job, selectors: Selectors | None) -> Trained | None:
         """One attempt on a lease; None when it made way for another, or the lease's nodes are gone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,22 @@ import numpy as np
 import torch
 
 from modelyard.data.dataset import Dataset
-from modelyard.data.loader import LoadedBatch, Loader, LoaderState
+from modelyard.data.loader import LoaderState
 from modelyard.errors import DivergedError
 from modelyard.tasks.base import Task
+from modelyard.tasks.slices import cut
+from modelyard.training.agreement import Agreements, Verdict
 from modelyard.training.batching import RankPlan
 from modelyard.training.checkpoints import CheckpointWriter, TrainState
 from modelyard.training.config import TrainConfig
-from modelyard.training.engine import Engine
+from modelyard.training.engines import TrainEngine
 from modelyard.training.gang import Gang
 from modelyard.training.history import History
 from modelyard.training.interrupts import Interrupted
 from modelyard.training.monitor import Reporter
 from modelyard.training.noise import Noise, Norms, estimate
+from modelyard.training.pipeline import StagedModel
+from modelyard.training.rows import PartRows, RowSource, row_source
 from modelyard.training.validation import improves, validate
 
 
@@ -37,7 +41,7 @@ class Parts:
     plan: RankPlan
     task: Task
     dataset: Dataset
-    engine: Engine
+    engine: TrainEngine
     writer: CheckpointWriter
     history: History
     reporter: Reporter | None
@@ -46,20 +50,26 @@ class Parts:
     """Whether this worker's node is about to be taken away."""
     peak_flops: float
     """Of the whole gang."""
+    flops_per_row: float
+    """Of the whole model: what `Task.flops_per_row` says before it is cut into parts."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the gang agreed on after a step; the same on every worker."""
+class Note:
+    """What a worker itself knows of the steps whose sums are on the way."""
 
-    loss: float
-    interrupt: str | None
-    stop: bool
-    save: bool
+    record: dict[str, Any]
+    steps: int
+    gradient_norm: float
+    """Of the whole gradient of the measured step among them; 0 without one."""
 
 
 class TrainLoop:
-    """Runs optimizer steps from `state` on. All workers run it in lockstep."""
+    """Runs optimizer steps from `state` on.
+
+    All workers do the same things after the same steps, but need not come there at the same time: how far one may
+    be ahead is the engine's `spread`.
+    """
 
     def __init__(self, parts: Parts, state: TrainState) -> None:
         self._parts = parts
@@ -67,13 +77,16 @@ class TrainLoop:
         self.stopped_because = "all steps done"
         self._model = parts.engine.model
         self._loss_sum = torch.zeros((), device=parts.gang.device)  # read only when it is logged: reading waits
+        self._agreements: Agreements[Note] = Agreements(parts.gang, parts.engine.spread)
         self._steps_since_log = 0
+        self._samples: list[np.ndarray] = []
+        self._sent = parts.engine.sent_bytes
         self._measured = (Norms(), 0.0)  # of the last measured step, and the norm of its whole gradient
         self._noise: Noise | None = None
         self._seconds: dict[str, float] = {}
         self._began = self._logged = self._saved = time.monotonic()
         self._elapsed_before = state.elapsed_s
-        self._flops_per_row = parts.task.flops_per_row(parts.engine.module)
+        self._flops_per_row = parts.flops_per_row
 
     def run(self) -> None:
         """Train to the last step, an early stop, or an interruption.
@@ -84,30 +97,28 @@ class TrainLoop:
         """
         parts = self._parts
         training = parts.config.training
-        split = parts.dataset.split("train")
-        start = LoaderState(self.state.seed, self.state.epoch, self.state.position)
         if self.state.step == 0:
             self._first_validation()
-        with Loader(
-            split,
+        with row_source(
+            parts.dataset.split("train"),
+            self._place,
+            parts.plan,
             global_batch_size=training.global_batch_size,
-            start=parts.plan.start,
-            stop=parts.plan.stop,
-            state=start,
-        ) as loader:
+            is_claiming=parts.engine.is_claiming,
+        ) as rows:
             self._began = self._logged = self._saved = time.monotonic()
             while self.state.step < training.max_steps:
                 step = self.state.step
-                self._one_step(loader, step)
+                self._one_step(rows, step)
                 last = step + 1 == training.max_steps
-                verdict = self._agree() if last or (step + 1) % training.log_every_steps == 0 else None
+                verdict = self._agree(last)
                 improved_enough = self._validate_if_due(last)
                 self._checkpoint_if_due(last, verdict)
                 if parts.reporter is not None:
                     parts.reporter.at_boundary(self.state.step)
-                if verdict is not None and verdict.interrupt and not last:
+                if verdict.interrupt and not last:
                     self._leave(verdict.interrupt)
-                if verdict is not None and verdict.stop:
+                if verdict.stop:
                     self.stopped_because = "a stop was asked for"
                 elif not improved_enough:
                     patience = parts.config.validation.patience
@@ -117,44 +128,85 @@ class TrainLoop:
                 break
         self._finish()
 
-    def _one_step(self, loader: Loader, step: int) -> None:
-        parts = self._parts
+    @property
+    def _place(self) -> LoaderState:
+        """Where the next global batch starts."""
+        return LoaderState(self.state.seed, self.state.epoch, self.state.position)
+
+    def _one_step(self, rows: RowSource, step: int) -> None:
+        parts, training = self._parts, self._parts.config.training
         clock = self._clock()
-        loaded = next(loader)
-        clock("data_s")
-        # Dropout depends on (seed, step, worker) alone, so a resumed run repeats it without stored RNG state.
-        torch.manual_seed(_mixed(parts.config.seed, step, parts.gang.rank))
-        every = parts.config.training.noise_every_steps
-        is_measured = every > 0 and (step + 1) % every == 0
-        for index, (start, stop) in enumerate(parts.plan.micro_batches):
-            is_last = index + 1 == len(parts.plan.micro_batches)
-            rows = {name: column[start:stop] if stop > start else column[:1] for name, column in loaded.rows.items()}
-            losses_b = parts.task.loss(self._model, parts.task.collate(rows, parts.gang.device))
+        if (begin_step := getattr(parts.engine.module, "begin_step", None)) is not None:
+            begin_step(step, training.max_steps)  # a model whose form follows the step
+        is_measured = training.noise_every_steps > 0 and (step + 1) % training.noise_every_steps == 0
+        own = np.zeros(training.global_batch_size if training.record_samples else 0)
+        for part in parts.engine.parts(step):
+            clock("optimizer_s")  # waiting for weights is part of the exchange
+            loaded = rows.read(self._place, part)
+            clock("data_s")
+            # Dropout depends on (seed, step, part) alone, so a resumed run repeats it without stored RNG state.
+            number = part.start if parts.engine.is_claiming else parts.gang.dropout_rank
+            torch.manual_seed(_mixed(parts.config.seed, step, number))
+            self._compute(part, loaded, is_measured, clock)
+            if own.size and parts.gang.part == 0:
+                own[part.start : part.stop] = loaded.sample_ids
+        rate, norm = parts.engine.step(step)
+        clock("optimizer_s")
+        self._steps_since_log += 1
+        self._samples.append(own)
+        self._last = {"learning_rate": rate, "grad_norm": norm}
+        if is_measured:
+            self._measured = (parts.engine.take_norms(), norm)
+        after = self._place.advance(training.global_batch_size, parts.dataset.split("train").num_rows)
+        self.state = self.state.with_changes(
+            step=step + 1,
+            epoch=after.epoch,
+            position=after.position,
+            elapsed_s=self._elapsed_before + self._running_s(),
+        )
+
+    def _compute(self, part: RankPlan, loaded: PartRows, is_measured: bool, clock: Callable[[str], None]) -> None:
+        """Forward and backward passes over the micro-batches of one part."""
+        parts = self._parts
+        if isinstance(self._model, StagedModel):
+            self._compute_in_stages(self._model, part, loaded, clock)
+            return
+        for index, (start, stop) in enumerate(part.micro_batches):
+            is_last = index + 1 == len(part.micro_batches)
+            rows = {name: column[start:stop] if stop > start else column[:1] for name, column in loaded.columns.items()}
+            batch = cut(parts.task.collate(rows, parts.gang.device), parts.gang.slice, parts.gang.parallel.sequence)
+            losses_b = parts.task.loss(self._model, batch)
             if stop == start:
                 losses_b = losses_b * 0.0
             self._loss_sum += losses_b.detach().sum()
             clock("forward_s")
             parts.engine.backward(losses_b, is_last=is_last, measure_rows=stop - start if is_measured else 0)
             clock("backward_s")
-        rate, norm = parts.engine.step(step)
-        clock("optimizer_s")
-        self._steps_since_log += 1
-        if is_measured:
-            self._measured = (parts.engine.take_norms(), norm)
-        self._note(loaded, rate, norm)
-        epoch, position = loaded.state.epoch, loaded.state.position
-        self.state = self.state.with_changes(
-            step=step + 1, epoch=epoch, position=position, elapsed_s=self._elapsed_before + self._running_s()
-        )
 
-    def _note(self, loaded: LoadedBatch, rate: float, norm: float) -> None:
-        self._last = {"learning_rate": rate, "grad_norm": norm}
-        if self._parts.config.training.record_samples:
-            parts = self._parts.gang.gather(loaded.sample_ids)
-            self._last["samples"] = np.concatenate(parts).tolist()
+    def _compute_in_stages(
+        self, model: StagedModel, part: RankPlan, loaded: PartRows, clock: Callable[[str], None]
+    ) -> None:
+        """All micro-batches at once: they overlap in the pipeline."""
+        task, batches = self._parts.task, []
+        for start, stop in part.micro_batches:
+            rows = {name: column[start:stop] if stop > start else column[:1] for name, column in loaded.columns.items()}
+            batches.append((task.collate(rows, self._parts.gang.device), stop > start))
+        self._loss_sum += model.train_on(task, batches)
+        clock("pipeline_s")
 
-    def _agree(self) -> Verdict:
-        """One small all-reduce: the loss, and whether anyone has a reason to stop, be interrupted or save."""
+    def _agree(self, last: bool) -> Verdict:
+        """What the gang has agreed on by now. Nothing is left open where all workers have to meet."""
+        step = self.state.step
+        if last or step % self._parts.config.training.log_every_steps == 0:
+            self._tell()
+        meets = last or self._is_validation_due(last) or self._is_checkpoint_due()
+        verdict = self._settled(self._agreements.due(step, everything=meets))
+        if verdict.asks_for_something:
+            verdict |= self._settled(self._agreements.due(step, everything=True))
+        return verdict
+
+    def _tell(self) -> None:
+        """Begin one small all-reduce: the loss, and whether anyone has a reason to stop, be interrupted or save."""
         parts, training = self._parts, self._parts.config.training
         wish = parts.reporter.wish if parts.reporter is not None else None
         over_time = training.stop_after_s is not None and self._running_s() > training.stop_after_s
@@ -166,54 +218,68 @@ class TrainLoop:
         ]
         main = [float(flag and parts.gang.is_main) for flag in (*wishes, save_due)]
         norms, global_norm = self._measured
-        self._measured = (Norms(), 0.0)
-        loss_sum, preempted, resize, stop, save, squares, inverse_rows, count = parts.gang.sum(
-            [float(self._loss_sum), float(parts.is_preempted()), *main, norms.squares, norms.inverse_rows, norms.count]
-        )
-        summed = Norms(squares, inverse_rows, count)
-        self._noise = estimate(summed, global_norm, training.global_batch_size, self._noise)
-        loss = loss_sum / (training.global_batch_size * self._steps_since_log)
+        measured = (norms.squares, norms.inverse_rows, norms.count, float(self._loss_sum))
+        values = [*(figure * parts.gang.share for figure in measured), float(parts.is_preempted()), *main]
+        note = Note(self._record(), self._steps_since_log, global_norm)
+        self._agreements.begin(self.state.step, note, [*values, *np.concatenate(self._samples).tolist()])
+        self._loss_sum.zero_()
+        self._measured, self._steps_since_log, self._seconds = (Norms(), 0.0), 0, {}
+        self._samples.clear()
+
+    def _settled(self, sums: Iterable[tuple[Note, list[float]]]) -> Verdict:
+        verdict = Verdict()
+        for note, total in sums:
+            verdict |= self._settle(note, total)
+        return verdict
+
+    def _settle(self, note: Note, total: list[float]) -> Verdict:
+        """Log what all workers have measured and find out what they want."""
+        batch = self._parts.config.training.global_batch_size
+        squares, inverse_rows, count, loss_sum, preempted, resize, stop, save, *samples = total
+        self._noise = estimate(Norms(squares, inverse_rows, count), note.gradient_norm, batch, self._noise)
+        loss, record = loss_sum / (batch * note.steps), note.record
         if not math.isfinite(loss):
             raise DivergedError(
-                f"the loss of step {self.state.step} is {loss}",
+                f"the loss of step {record['step']} is {loss}",
                 "lower optimizer.learning_rate, lengthen schedule.warmup_steps or set training.gradient_clipping; "
                 "the newest checkpoint is from before",
             )
-        self._log(loss)
+        if self._noise is not None:
+            record |= {"gradient_signal": self._noise.signal, "gradient_variance": self._noise.variance}
+            record["gradient_noise_scale"] = self._noise.scale
+        if samples:
+            record["samples"] = [int(sample) for sample in samples]
+        self._report("step", {"step": record["step"], "loss": loss, **record})
         interrupt = "a node is about to be taken away" if preempted else "the gang changes its size" if resize else None
-        return Verdict(loss, interrupt, stop=stop > 0, save=save > 0)
+        return Verdict(interrupt, stop=stop > 0, save=save > 0)
 
-    def _log(self, loss: float) -> None:
-        parts = self._parts
+    def _record(self) -> dict[str, Any]:
+        """What this worker alone can say of the steps since it last did."""
+        parts, steps = self._parts, self._steps_since_log
         now = time.monotonic()
-        rows = parts.config.training.global_batch_size * self._steps_since_log
-        rows_per_s = rows / (now - self._logged)
-        per_step = {name: seconds / self._steps_since_log for name, seconds in self._seconds.items()}
+        rows_per_s = parts.config.training.global_batch_size * steps / (now - self._logged)
         record: dict[str, Any] = {
             "step": self.state.step,
-            "loss": loss,
             **self._last,
             "epoch": self.state.epoch,
             "rows_per_s": rows_per_s,
             "mfu": rows_per_s * self._flops_per_row / parts.peak_flops,
-            **per_step,
+            **{name: seconds / steps for name, seconds in self._seconds.items()},
             "elapsed_s": self.state.elapsed_s,
             "num_workers": parts.gang.num_workers,
         }
-        if self._noise is not None:
-            record |= {"gradient_signal": self._noise.signal, "gradient_variance": self._noise.variance}
-            record["gradient_noise_scale"] = self._noise.scale
         if (block_tokens := parts.dataset.info.block_tokens) is not None:
             record["tokens_per_s"] = rows_per_s * block_tokens
-        self._report("step", record)
-        self._loss_sum.zero_()
-        self._steps_since_log, self._seconds, self._logged = 0, {}, now
+        if (sent := parts.engine.sent_bytes) is not None and self._sent is not None:
+            record["sent_bytes"], self._sent = (sent - self._sent) / steps, sent
+        self._logged = now
+        return record
 
     def _validate_if_due(self, last: bool) -> bool:
         """Validate when it is time. False when patience has run out."""
-        settings = self._parts.config.validation
-        if settings.every_steps == 0 or not (last or self.state.step % settings.every_steps == 0):
+        if not self._is_validation_due(last):
             return True
+        settings = self._parts.config.validation
         name, direction = self._parts.task.objective
         metrics = self._metrics(settings.split)
         better = improves(metrics[name], self.state.best_metric, direction)
@@ -231,6 +297,10 @@ class TrainLoop:
             self._checkpoint()
         return settings.patience is None or self.state.stale_validations < settings.patience
 
+    def _is_validation_due(self, last: bool) -> bool:
+        every = self._parts.config.validation.every_steps
+        return every > 0 and (last or self.state.step % every == 0)
+
     def _first_validation(self) -> None:
         split = self._parts.config.validation.final_of(self._parts.dataset.info.splits)
         if split is None:
@@ -242,22 +312,25 @@ class TrainLoop:
     def _metrics(self, split: str) -> dict[str, float]:
         config = self._parts.config
         began = time.monotonic()
-        metrics = validate(
-            self._parts.task,
-            self._model,
-            self._parts.dataset.split(split),
-            self._parts.gang,
-            batch_size=config.training.micro_batch_size,
-            max_rows=config.validation.max_rows,
-        )
+        with self._parts.engine.published() as model:
+            metrics = validate(
+                self._parts.task,
+                model,
+                self._parts.dataset.split(split),
+                self._parts.gang,
+                batch_size=config.training.micro_batch_size,
+                max_rows=config.validation.max_rows,
+            )
         self._logged += time.monotonic() - began  # speed is that of training
         return metrics
 
-    def _checkpoint_if_due(self, last: bool, verdict: Verdict | None) -> None:
-        every = self._parts.config.checkpoint.every_steps
-        due = every > 0 and self.state.step % every == 0
-        if last or due or (verdict is not None and (verdict.save or verdict.interrupt or verdict.stop)):
+    def _checkpoint_if_due(self, last: bool, verdict: Verdict) -> None:
+        if last or self._is_checkpoint_due() or verdict.asks_for_something:
             self._checkpoint()
+
+    def _is_checkpoint_due(self) -> bool:
+        every = self._parts.config.checkpoint.every_steps
+        return every > 0 and self.state.step % every == 0
 
     def _checkpoint(self) -> None:
         parts = self._parts

@@ -8,7 +8,9 @@ unknowns. The small batches are the micro-batches of all workers, the large one 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -70,9 +72,14 @@ class NoiseMeter:
     def __init__(self, model: torch.nn.Module) -> None:
         self._square: torch.Tensor | None = None
         self._squares: list[tuple[torch.Tensor, float, int]] = []
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(self._add)  # type: ignore[no-untyped-call]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._weights = [1.0] * len(trainable)
+        for index, parameter in enumerate(trainable):
+            parameter.register_hook(partial(self._add, index))  # type: ignore[no-untyped-call]
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Count the squared norm of each trainable parameter's gradient so many times, in the model's order."""
+        self._weights = list(weights)
 
     def begin(self) -> None:
         """Expect the gradients of one micro-batch."""
@@ -94,7 +101,7 @@ class NoiseMeter:
         self._squares = []
         return sums
 
-    def _add(self, gradient: torch.Tensor) -> None:
+    def _add(self, index: int, gradient: torch.Tensor) -> None:
         if self._square is not None:
             norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-            self._square = self._square.to(norm.device) + norm**2
+            self._square = self._square.to(norm.device) + self._weights[index] * norm**2

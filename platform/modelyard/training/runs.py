@@ -36,6 +36,7 @@ _FREE_TRAINING = (
     "offload_parameters",
     "activation_checkpointing",
     "compile",
+    "parallel",
     "stop_after_s",
     "deepspeed",
 )
@@ -59,6 +60,9 @@ def identity(
     """The settings that two attempts of one run must share, what the dataset's files hold, and the base models."""
     plain = config.model_dump(mode="json", exclude=set(_FREE_SECTIONS))
     plain["training"] = {k: v for k, v in plain["training"].items() if k not in _FREE_TRAINING}
+    strategy = plain["training"].pop("strategy")
+    if strategy["kind"] != "all_reduce":  # left out, so that runs from before there was a choice stay who they are
+        plain["training"]["strategy"] = {k: v for k, v in strategy.items() if k != "timeout_s"}
     return {
         **plain,
         "dataset_files": _digest({name: entry.sha256 for name, entry in data.items()}),

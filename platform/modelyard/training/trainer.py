@@ -78,7 +78,14 @@ def trainer(
         ),
     )
     result.policies = {
-        "scaling_policy": RoomPolicy(scaling, workers, resize_request(monitor), cluster, partial(is_closing, monitor)),
+        "scaling_policy": RoomPolicy(
+            scaling,
+            workers,
+            resize_request(monitor),
+            cluster,
+            partial(is_closing, monitor),
+            config.training.parallel.size,
+        ),
         "failure_policy": InterruptAwareFailurePolicy(failures, is_leased=selectors is not None),
     }
     return result

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from modelyard.data.dataset import Split
 from modelyard.tasks.base import Task
+from modelyard.tasks.slices import cut
 from modelyard.training.gang import Gang
+from modelyard.training.parallel import from_groups
+from modelyard.training.pipeline import StagedModel
 
 
 def validate(
@@ -27,8 +31,8 @@ def validate(
     on a repeated one that does not count.
     """
     count = min(split.num_rows, max_rows or split.num_rows)
-    mine = np.arange(gang.rank, count, gang.num_workers, dtype=np.int64)
-    most = math.ceil(count / gang.num_workers)
+    mine = np.arange(gang.data_rank, count, gang.data_size, dtype=np.int64)
+    most = math.ceil(count / gang.data_size)
     num_batches = math.ceil(most / batch_size)
     was_training = model.training
     model.eval()
@@ -37,12 +41,21 @@ def validate(
         for index in range(num_batches):
             ids = mine[index * batch_size : (index + 1) * batch_size]
             rows = split.read(ids if len(ids) else np.zeros(1, dtype=np.int64))
-            statistics = task.statistics(model, task.collate(rows, gang.device))
+            batch = cut(task.collate(rows, gang.device), gang.slice, gang.parallel.sequence)
+            if isinstance(model, StagedModel):
+                statistics = model.statistics(task, batch)
+            else:
+                statistics = task.statistics(model, batch)
             if len(ids):
                 collected.append({name: value.cpu().numpy() for name, value in statistics.items()})
     model.train(was_training)
-    parts = [part for worker in gang.gather(collected) for part in worker]
+    parts = from_groups(gang.gather(collected), gang.parallel, _added)
     return task.metrics({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def _added(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Statistics of rows from those of two parts of each row."""
+    return {name: values + other[name] for name, values in one.items()}
 
 
 def improves(value: float, best: float | None, direction: str) -> bool:

@@ -35,12 +35,14 @@ from modelyard.training.checkpoints import (
 )
 from modelyard.training.config import TrainConfig
 from modelyard.training.deepspeed_config import check_written_by
-from modelyard.training.engine import Engine, import_deepspeed
+from modelyard.training.engine import import_deepspeed
+from modelyard.training.engines import TrainEngine, build_engine
 from modelyard.training.gang import Gang
 from modelyard.training.history import History
 from modelyard.training.interrupts import note_place
 from modelyard.training.loop import Parts, TrainLoop
 from modelyard.training.monitor import Reporter
+from modelyard.training.parallel import needs_conversion
 from modelyard.training.retention import kept
 from modelyard.training.run_folder import RunFolder
 from modelyard.training.runs import RESULT, RUN_RECORD
@@ -145,7 +147,10 @@ class _Worker:
             self._announce(loop.state, restored, engine)
             loop.run()
             engine, model_step = self._best(loop.state, engine, dataset, dataset_folder, scratch)
-            return self._publish(loop, engine, model_step, dataset, dataset_folder, scratch)
+            with engine.published() as model:
+                trained = self._publish(loop, engine, model, model_step, dataset, dataset_folder, scratch)
+            engine.close()
+            return trained
 
     def _mark(self, name: str) -> None:
         self._marks[name] = time.time()
@@ -171,7 +176,7 @@ class _Worker:
         if found is None:
             return None
         check_written_by(config, written_by=found.state.num_workers, num_workers=gang.num_workers)
-        is_universal = found.state.zero_stage > 0 and found.state.num_workers != gang.num_workers
+        is_universal = needs_conversion(config, found.state, num_workers=gang.num_workers)
 
         def fetched() -> Path:
             verified = gang.is_main and step is None
@@ -186,7 +191,7 @@ class _Worker:
 
         return Restored(found, gang.once_per_node(fetched), is_universal)
 
-    def _engine(self, dataset: Dataset, dataset_folder: Path, restored: Restored | None) -> Engine:
+    def _engine(self, dataset: Dataset, dataset_folder: Path, restored: Restored | None) -> TrainEngine:
         config, gang = self._config, self._gang
         bases = gang.once_per_node(
             lambda: {name: self._store().open("model", digest) for name, digest in self._job.bases.items()}
@@ -195,34 +200,33 @@ class _Worker:
         model = config.task.with_bases(bases).build(dataset.info, dataset_folder)
         if config.training.activation_checkpointing:
             config.task.enable_activation_checkpointing(model)
+        self._flops_per_row = config.task.flops_per_row(model)  # before it is cut into parts
         model.to(gang.device).train()
-        engine = Engine(
-            model,
-            config,
-            self._plan(),
-            num_workers=gang.num_workers,
-            from_universal=restored is not None and restored.is_universal,
-        )
+        is_universal = restored is not None and restored.is_universal
+        engine = build_engine(model, config, self._plan(), gang, from_universal=is_universal)
         if restored is not None:
             engine.load(restored.folder, TAG)
         return engine
 
     def _plan(self) -> Any:
         training = self._config.training
-        return plan(training.global_batch_size, training.micro_batch_size, self._gang.num_workers, self._gang.rank)
+        return plan(training.global_batch_size, training.micro_batch_size, self._gang.data_size, self._gang.data_rank)
 
     def _state(self, restored: Restored | None) -> TrainState:
-        now = {"num_workers": self._gang.num_workers, "zero_stage": self._config.training.zero_stage}
+        training = self._config.training
+        now = {"num_workers": self._gang.num_workers, "zero_stage": training.zero_stage, "parallel": training.parallel}
         if restored is not None:
             return restored.checkpoint.state.with_changes(**now)
         return TrainState(step=0, seed=self._config.seed, epoch=0, position=0, **now)
 
     def _writer(self, stack: ExitStack) -> CheckpointWriter:
-        local = self._checkpoints.folder.local
+        local, is_pipeline = self._checkpoints.folder.local, self._config.training.parallel.pipeline > 1
         if local is not None:  # on the same disk, so that the upload is a rename
             if self._gang.is_main:
                 self._checkpoints.clear_staging(self._attempt)
             staging = local / STAGING / f"{self._attempt}-{self._gang.node_id[:8]}"
+            if is_pipeline:
+                staging /= str(self._gang.rank)
         else:
             staging = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modelyard-staging-")))
         writer = CheckpointWriter(
@@ -233,6 +237,8 @@ class _Worker:
             staging=staging,
             commit_timeout_s=self._config.checkpoint.commit_timeout_s,
             on_commit=self._on_commit,
+            tensor=self._config.training.parallel.tensor,
+            owns_staging=is_pipeline,
         )
         stack.callback(shutil.rmtree, staging, ignore_errors=True)
         stack.callback(writer.close)
@@ -244,7 +250,9 @@ class _Worker:
         if self._reporter is not None:
             self._reporter.record("checkpoint", {"step": checkpoint.state.step, "name": checkpoint.name})
 
-    def _parts(self, dataset: Dataset, engine: Engine, writer: CheckpointWriter, restored: Restored | None) -> Parts:
+    def _parts(
+        self, dataset: Dataset, engine: TrainEngine, writer: CheckpointWriter, restored: Restored | None
+    ) -> Parts:
         gang = self._gang
         peak = gang.sum([peak_flops(gang.device, self._config.training.precision)])[0]
         history = History()
@@ -262,9 +270,10 @@ class _Worker:
             reporter=self._reporter,
             is_preempted=self._is_preempted,
             peak_flops=peak,
+            flops_per_row=self._flops_per_row,
         )
 
-    def _announce(self, state: TrainState, restored: Restored | None, engine: Engine) -> None:
+    def _announce(self, state: TrainState, restored: Restored | None, engine: TrainEngine) -> None:
         if self._reporter is None:
             return
         times = list(self._marks.items())
@@ -281,19 +290,21 @@ class _Worker:
         )
 
     def _best(
-        self, state: TrainState, engine: Engine, dataset: Dataset, dataset_folder: Path, scratch: Path
-    ) -> tuple[Engine, int]:
+        self, state: TrainState, engine: TrainEngine, dataset: Dataset, dataset_folder: Path, scratch: Path
+    ) -> tuple[TrainEngine, int]:
         """The engine with the weights that become the model: those of the best validation, or the last."""
         best = state.best_step
         if not self._config.checkpoint.keep_best or best is None or best == state.step:
             return engine, state.step
+        engine.close()
         restored = self._restore(scratch, best)
         return self._engine(dataset, dataset_folder, restored), best
 
     def _publish(
         self,
         loop: TrainLoop,
-        engine: Engine,
+        engine: TrainEngine,
+        model: torch.nn.Module,
         model_step: int,
         dataset: Dataset,
         dataset_folder: Path,
@@ -305,13 +316,13 @@ class _Worker:
         if split is not None:
             metrics = validate(
                 config.task,
-                engine.model,
+                model,
                 dataset.split(split),
                 gang,
                 batch_size=config.training.micro_batch_size,
                 max_rows=config.validation.max_rows,
             )
-        weights = engine.full_state() if engine.stage == 3 else None
+        weights = None if engine.is_whole else engine.full_state()
         trained: Trained | None = None
         if gang.is_main:
             folder = scratch / "model"
@@ -367,7 +378,7 @@ def _gang_of_one(config: TrainConfig) -> Gang:
     import_deepspeed().init_distributed(dist_init_required=False)
     device = torch.device("cuda", 0) if config.workers.gpus > 0 else torch.device("cpu")
     node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    return Gang(rank=0, num_workers=1, device=device, node_id=node_id)
+    return Gang(rank=0, num_workers=1, device=device, node_id=node_id, parallel=config.training.parallel)
 
 
 def _join(config: TrainConfig) -> Gang:
@@ -385,6 +396,7 @@ def _join(config: TrainConfig) -> Gang:
         num_workers=context.get_world_size(),
         device=ray.train.torch.get_device(),
         node_id=ray.get_runtime_context().get_node_id(),
+        parallel=config.training.parallel,
     )
 
 
