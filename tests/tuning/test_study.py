@@ -151,3 +151,44 @@ def test_trials_of_one_and_two_workers_share_the_cluster_by_leases(study: Callab
     entries = service.call(scheduler.look)[1]
     leases = {job: (str(entry.status), entry.request.tenant) for job, entry in entries.items()}
     assert leases == {trial.run_id: ("done", "research") for trial in done.trials}
+
+
+def test_weak_trials_that_asha_stops_free_their_leases_for_the_next(study: Callable[..., Any], scheduler: Any) -> None:
+    """The cluster has room for one gang of three, so that each trial can only start when the one before has left."""
+    from modelyard.scheduling import service
+
+    rates = [0.01, 1e-6, 1e-7]
+    space = {"optimizer.learning_rate": rates}
+    config = study(space, 24, 4, search={"kind": "grid"}, scheduler={"kind": "asha", "reduction_factor": 2})
+    config = config.with_changes(train={**config.train, "workers": 3, "lease": {"tenant": "research"}})
+    done = tune(config, progress=False)
+
+    assert [trial.status for trial in done.trials] == [TrialStatus.DONE, TrialStatus.STOPPED, TrialStatus.STOPPED]
+    assert [trial.steps for trial in done.trials[1:]] == [4, 4]
+    entries = service.call(scheduler.look)[1]
+    assert {job: str(entry.status) for job, entry in entries.items()} == {trial.run_id: "done" for trial in done.trials}
+    assert all(folder_of(trial).read("result.json") is None for trial in done.trials[1:])
+
+
+def test_trials_below_the_median_of_the_others_are_stopped(study: Callable[..., Any]) -> None:
+    rates = [0.02, 0.01, 1e-7, 0.015]
+    settings = {"search": {"kind": "grid"}, "scheduler": {"kind": "median", "grace_steps": 8, "min_trials": 2}}
+    done = tune(study({"optimizer.learning_rate": rates}, 40, 4, **settings), progress=False)
+
+    assert done.trials[2].status is TrialStatus.STOPPED
+    assert done.trials[2].steps == 8
+    assert {done.trials[index].status for index in (0, 1)} == {TrialStatus.DONE}
+    assert done.best[0].params["optimizer.learning_rate"] != 1e-7
+
+
+def test_two_objectives_make_a_front_of_quality_against_size(study: Callable[..., Any]) -> None:
+    objectives = [{"metric": "perplexity", "mode": "min"}, {"metric": "parameters", "mode": "min"}]
+    space = {"task.model.layers": [1, 2], "optimizer.learning_rate": [0.01, 1e-6]}
+    done = tune(study(space, 12, 4, trials=6, objectives=objectives, search={"kind": "tpe"}), progress=False)
+
+    assert [trial.status for trial in done.trials] == [TrialStatus.DONE] * 6
+    figures = [tuple(trial.value(objective) for objective in done.config.objectives) for trial in done.trials]
+    front = {figure for figure in figures if not any(b[0] < figure[0] and b[1] <= figure[1] for b in figures)}
+    assert {tuple(trial.value(objective) for objective in done.config.objectives) for trial in done.best} <= front
+    smallest = min(parameters for _, parameters in figures)
+    assert smallest in {trial.value(done.config.objectives[1]) for trial in done.best}

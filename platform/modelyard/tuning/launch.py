@@ -151,8 +151,7 @@ def _run(folder: StudyFolder, record: StudyRecord, space: Space, progress: bool,
         else:
             tuner = _restored(folder, failed) or _new_tuner(folder, record, space)
         with show or nullcontext(), tracking:
-            results = tuner.fit()
-    recorder.lost({trial.trial_id for trial in results._experiment_analysis.trials})
+            tuner.fit()
     trials = recorder.trials()
     if any(not trial.is_over for trial in trials) or (len(trials) < total and config.time_budget_s is None):
         logger.warning("interrupted: `modelyard tune resume %s` goes on", folder.name)

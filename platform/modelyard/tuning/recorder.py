@@ -38,6 +38,10 @@ class Recorder:
         with self._lock:
             return sorted(self._trials.values(), key=lambda trial: trial.number)
 
+    def knows(self, trial_id: str) -> bool:
+        """Whether the trial has started."""
+        return trial_id in self._trials
+
     def started(self, trial_id: str, raw: Mapping[str, Any]) -> None:
         """A trial runs, for the first time or again.
 
@@ -131,14 +135,18 @@ class StudyCallback(ray.tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """See `Recorder.ended`."""
-        if trial.trial_id in self._recorder._trials:  # else it was stopped before it started
+        if self._recorder.knows(trial.trial_id):  # else it was stopped before it started
             self._recorder.ended(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """See `Recorder.ended`."""
-        if trial.trial_id not in self._recorder._trials:
+        if not self._recorder.knows(trial.trial_id):
             self._recorder.started(trial.trial_id, trial.config)
         self._recorder.ended(trial.trial_id, _reason(trial))
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        """See `Recorder.lost`."""
+        self._recorder.lost({trial.trial_id for trial in trials})
 
     @property
     def _recorder(self) -> Recorder:
