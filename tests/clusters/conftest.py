@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tests.clusters.hosts import Hosts, hosts, why_not
+from tests.clusters.hosts import Host, Hosts, hosts, why_not
 
 ROOT = Path(__file__).parents[2]
 POOL = "train"
@@ -26,6 +28,8 @@ class Launched:
     file: Path
     folder: Path
     environment: dict[str, str] = field(repr=False)
+    stranger: Host | None = None
+    """A host on the same network that is not of the cluster."""
 
     def modelyard(self, *words: str, timeout_s: float = 180, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run the command line outside of the cluster."""
@@ -57,13 +61,14 @@ def cluster_file(made: Hosts, folder: Path) -> Path:
         "~/.modelyard/cluster.yaml": str(path),
     }
     data["setup_commands"] = ["chmod 700 ~/.modelyard ~/.modelyard/cluster", "modelyard certs node"]
+    data["setup_commands"].append("modelyard cluster firewall ~/.modelyard/cluster.yaml --apply")
     path.write_text(yaml.safe_dump(data))
     return path
 
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
-    """Three hosts, certificates, and the cluster up on them. What runs at the end is checked by the tests."""
+    """Three hosts, certificates, and the cluster up on them; a fourth host is a stranger. The last test stops it."""
     if reason := why_not():
         pytest.skip(f"hosts of network namespaces: {reason}")
     folder = tmp_path_factory.mktemp("hosts")
@@ -71,12 +76,27 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     home = folder / "home"
     environment = {**kept, "HOME": str(folder), "MODELYARD_HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
     environment["RAY_TMPDIR"] = str(folder)
-    with hosts(3, folder) as made:
-        cluster = Launched(made, cluster_file(made, folder), folder, environment)
+    with hosts(4, folder) as everyone:
+        made = Hosts(everyone.members[:3], everyone.key, everyone.bridge)
+        cluster = Launched(made, cluster_file(made, folder), folder, environment, everyone[3])
         store, registry = str(folder / "store"), f"sqlite:///{folder / 'mlflow.db'}"
         must(cluster.modelyard("certs", "create", "--store", store, "--tracking-uri", registry))
         must(cluster.modelyard("up", str(cluster.file), timeout_s=300))
         yield cluster
+
+
+@pytest.fixture
+def free_ports() -> Callable[[int], list[int]]:
+    """Finds ports of the loopback interface that nobody listens on."""
+
+    def find(count: int) -> list[int]:
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            return [int(each.getsockname()[1]) for each in sockets]
+
+    return find
 
 
 def must(answer: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """Hosts on one machine: network, mount, process and host-name namespaces with a real sshd each.
 
 A host has its own address, home folder, /tmp, /dev/shm and processes; programs and the repository are shared. Needs
-root, `ip`, `unshare`, `nsenter` and `sshd`.
+root, `ip`, `unshare`, `nsenter`, `sshd` and `nft`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TOOLS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "rsync")
+TOOLS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "rsync", "nft")
 NETWORK = "10.78.{site}"
 _PYTHON = str(Path(sys.executable).parent)
 
@@ -28,7 +28,7 @@ def why_not() -> str | None:
         return "needs root"
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     if missing := [tool for tool in TOOLS if shutil.which(tool, path=path) is None]:
-        return f"needs {', '.join(missing)} (apt install iproute2 openssh-server rsync)"
+        return f"needs {', '.join(missing)} (apt install iproute2 openssh-server rsync nftables)"
     answer = subprocess.run(
         ["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True, check=False
     )
@@ -60,6 +60,13 @@ class Host:
         listed = self.run("ps", "-eo", "args", "--no-headers").stdout.splitlines()
         own = ("sshd", "sleep", "bash", "ps ", "sh ")
         return [line for line in listed if line.strip() and not line.strip().startswith(own)]
+
+    def kill(self, name: str, number: int = 9) -> int:
+        """Send a signal to its processes whose command line holds `name`; how many there were."""
+        found = self.run("pgrep", "-f", name).stdout.split()
+        if found:
+            self.run("kill", f"-{number}", *found)
+        return len(found)
 
     def cut(self) -> None:
         """Pull its cable."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from tests.serving.models import register, tiny_llama
 
 from modelyard.cluster import FakeCluster, Node
 from modelyard.clusters import drain, laptop
@@ -123,13 +125,63 @@ def _runs(process: psutil.Process) -> bool:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
-    """`modelyard up` with a pool of one node and a site."""
+    """`modelyard up` with two pools and a site."""
     here = Laptop(tmp_path_factory.mktemp("laptop"))
     short = tmp_path_factory.mktemp("r")
-    here.run("up", "--pool", "a100=2x4:2", "--site", "north", "--temp-dir", str(short), "--start-timeout-s", "200")
+    pools = ["--pool", "a100=2x4:2", "--pool", "serve=2x0:1", "--site", "north"]
+    here.run("up", *pools, "--temp-dir", str(short), "--start-timeout-s", "200")
     yield here
     if (here.folder / "home" / "laptop.json").exists():
         here.run("down")
+
+
+def serve(running: Laptop, port: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Serve a small model, two replicas of it and of the gateway, in the pool `serve`; returns a key."""
+    for name in ("MODELYARD_STORE", "MODELYARD_TRACKING_URI"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MODELYARD_HOME", str(running.folder / "home"))
+    register(tiny_llama(running.folder / "model", seed=0), "gpt")
+    model = {"reference": "models:/gpt/1", "engine": "transformers", "cache_mib": 32, "max_sequences": 4}
+    config = {
+        "port": port,
+        "gateway": {"replicas": 2, "cpus": 0.1, "label_selector": {"modelyard/pool": "serve"}},
+        "models": [{"model": model, "placement": {"pool": "serve", "cpus": 0.3}, "min_replicas": 2, "max_replicas": 2}],
+    }
+    (running.folder / "serving.yaml").write_text(yaml.safe_dump(config))
+    said = running.run("serve", "up", "serving.yaml", "--detach")
+    return next(line.split()[1] for line in said.splitlines() if line.startswith("key "))
+
+
+class Callers:
+    """Two threads that ask all the time; a call is made once, and counts."""
+
+    def __init__(self, port: int, key: str) -> None:
+        self._url, self._key = f"http://127.0.0.1:{port}/v1/completions", key
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._loop) for _ in range(2)]
+        self.answers = 0
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Callers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(90)
+
+    def _loop(self) -> None:
+        body = json.dumps({"model": "gpt", "prompt": "The quick", "max_tokens": 8}).encode()
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        while not self._over.wait(0.1):
+            try:
+                with urllib.request.urlopen(urllib.request.Request(self._url, body, headers), timeout=60) as answer:
+                    json.load(answer)
+                self.answers += 1
+            except (OSError, ValueError) as error:
+                self.failures.append(f"{type(error).__name__}: {error}")
 
 
 ray_slow = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow]
@@ -154,12 +206,13 @@ class TestRunning:
     def test_it_outlives_its_command_and_other_commands_find_it(self, running: Laptop) -> None:
         status: dict[str, Any] = json.loads(running.run("status", "--json"))
         assert {row["node"]: row["alive"] for row in status["nodes"]} == dict.fromkeys(
-            ("head", "a100-0", "a100-1", "edge-north"), True
+            ("head", "a100-0", "a100-1", "serve-0", "serve-1", "edge-north"), True
         )
         assert {each["pool"]: each["total"] for each in json.loads(running.pools())} == {
             "a100": 8,
             "edge": os.cpu_count(),
             "head": 0,
+            "serve": 2,
         }
 
     def test_a_job_gets_its_node_and_its_exit_code_comes_back(self, running: Laptop) -> None:
@@ -175,6 +228,20 @@ class TestRunning:
 
     def test_a_second_one_is_refused(self, running: Laptop) -> None:
         assert "a cluster runs here already" in running.run("up", code=2)
+
+    def test_a_drain_moves_a_served_model_without_a_failed_call(
+        self, running: Laptop, free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (port,) = free_ports(1)
+        key = serve(running, port, monkeypatch)
+        with Callers(port, key) as callers:
+            until("calls are answered", lambda: callers.answers > 20, 60)
+            assert "serve-0 is empty" in running.run("drain", "serve-0", "--deadline-s", "120")
+            enough = callers.answers + 40
+            until("calls are answered after it", lambda: callers.answers > enough, 60)
+        assert callers.failures == []
+        assert {each["pool"]: each["total"] for each in json.loads(running.pools())}["serve"] == 1
+        running.run("serve", "down", "gpt")
 
     def test_a_drain_moves_a_training_run_and_leaves_the_node_empty(self, running: Laptop, token_folder: Path) -> None:
         model = {"architecture": "llama", "layers": 1, "hidden_size": 32, "heads": 2, "max_positions": 16}

@@ -68,6 +68,32 @@ def test_a_machine_with_another_ray_is_named(
         launch.greet(files.read(tmp_path / "bare.yaml"))
 
 
+def test_down_ends_what_keeps_the_head_before_the_head(
+    local: files.ClusterFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(launch, "run_on", lambda _, address, command: done.append(f"{address}: {command}"))
+    monkeypatch.setattr(launch, "_launcher", lambda _, command, **__: done.append(f"ray {command}"))
+    launch.down(local, lambda _: None)
+    assert done[0] == f"192.168.1.10: {launch.RELEASE}"
+    assert done[1] == "ray down"
+    assert sorted(done[2:]) == [f"192.168.1.{number}: {launch.STOP}" for number in range(10, 14)]
+
+
+def test_down_goes_on_when_the_head_does_not_answer(local: files.ClusterFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_on(_: files.ClusterFile, address: str, command: str) -> str:
+        if command == launch.RELEASE:
+            raise UnavailableError(f"{address} cannot be reached by ssh", "")
+        return ""
+
+    done, said = [], []
+    monkeypatch.setattr(launch, "run_on", run_on)
+    monkeypatch.setattr(launch, "_launcher", lambda _, command, **__: done.append(command))
+    launch.down(local, said.append)
+    assert done == ["down"]
+    assert any("its state may be kept" in line for line in said)
+
+
 @pytest.mark.parametrize(
     ("said", "kind", "problem"),
     [

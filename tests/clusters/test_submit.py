@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from modelyard.clusters import submit
@@ -63,21 +64,24 @@ def test_a_script_that_is_not_there_or_elsewhere_is_refused(repository: Path, tm
 class Client:
     """A dashboard whose connection breaks as often as it is told to."""
 
-    def __init__(self, parts: list[str], breaks: int, status: str, code: int | None) -> None:
-        self.parts, self.breaks, self.status, self.code = parts, breaks, status, code
+    def __init__(self, parts: list[str], breaks: int, status: str, code: int | None, lost: str | None = None) -> None:
+        self.parts, self.breaks, self.status, self.code, self.lost = parts, breaks, status, code, lost
+        self.break_with: Exception = RuntimeError("the connection was closed")
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
         for number, part in enumerate(self.parts):
             if self.breaks and number == 1:
                 self.breaks -= 1
-                raise RuntimeError("the connection was closed")
+                raise self.break_with
             yield part
             await asyncio.sleep(0)
 
     def get_job_info(self, job_id: str) -> Any:
-        return SimpleNamespace(status=self.status, driver_exit_code=self.code)
+        return SimpleNamespace(status=self.status, driver_exit_code=self.code, error_type=self.lost)
 
     def get_job_logs(self, job_id: str) -> str:
+        if self.lost:
+            raise RuntimeError("status code 500: no agent on the job's node")
         return "".join(self.parts)
 
 
@@ -89,12 +93,34 @@ def test_the_exit_code_is_that_of_the_job(status: str, code: int | None, expecte
     assert submit.follow(Client(["x"], 0, status, code), "job", lambda _: None) == expected  # type: ignore[arg-type]
 
 
-def test_every_line_comes_once_though_the_connection_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", [RuntimeError("closed"), OSError("reset"), aiohttp.ServerDisconnectedError()])
+def test_every_line_comes_once_though_the_connection_breaks(how: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "_POLL_S", 0.0)
     written: list[str] = []
     client = Client(["one\n", "two\n", "three\n"], 2, "SUCCEEDED", 0)
+    client.break_with = how
     assert submit.follow(client, "job", written.append) == 0  # type: ignore[arg-type]
     assert "".join(written) == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "lost", "expected"),
+    [(None, "JOB_SUPERVISOR_ACTOR_DIED", True), (None, "RUNTIME_ENV_SETUP_FAILURE", False), (3, None, False)],
+)
+def test_a_job_that_went_with_its_node_is_told_from_one_that_failed(
+    code: int | None, lost: str | None, expected: bool
+) -> None:
+    client: Any = Client(["x"], 0, "FAILED", code, lost)
+    assert submit.follow(client, "job", lambda _: None) == (code or 1)
+    assert submit.was_lost(client, "job") is expected
+
+
+def test_a_script_can_be_sent_to_a_pool(repository: Path) -> None:
+    sent: dict[str, Any] = {}
+    client: Any = SimpleNamespace(submit_job=lambda **given: sent.update(given) or "raysubmit_1")
+    for pool, selector in (("cpu", {"modelyard/pool": "cpu"}), (None, None)):
+        submit.start(client, submit.prepare(repository / "jobs" / "train.py", [], pool=pool), "http://x")
+        assert sent["entrypoint_label_selector"] == selector
 
 
 def test_a_cluster_that_stays_silent_is_given_up_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,21 @@ def certs() -> None:
 @click.option("--store", help="MODELYARD_STORE of every node, e.g. s3://bucket/modelyard.")
 @click.option("--tracking-uri", help="MODELYARD_TRACKING_URI of every node, e.g. postgresql://...")
 @click.option("--env", "extra", multiple=True, metavar="NAME=VALUE", help="More variables of every node.")
-def create(folder: Path | None, name: str, store: str | None, tracking_uri: str | None, extra: tuple[str, ...]) -> None:
+@click.option("--redis", help="Where the head keeps its state, e.g. rediss://10.0.0.9:6380; by default on its disk.")
+@click.option("--redis-password-file", type=click.Path(path_type=Path), help="File with that Redis' password.")
+@click.option(
+    "--redis-ca", type=click.Path(path_type=Path), help="Who signed its certificate; by default this authority."
+)
+def create(
+    folder: Path | None,
+    name: str,
+    store: str | None,
+    tracking_uri: str | None,
+    extra: tuple[str, ...],
+    redis: str | None,
+    redis_password_file: Path | None,
+    redis_ca: Path | None,
+) -> None:
     """Make the authority, the token and the settings that `ray up` brings to every node."""
     from modelyard.clusters import certs as made
     from modelyard.errors import ConfigError
@@ -37,9 +51,32 @@ def create(folder: Path | None, name: str, store: str | None, tracking_uri: str 
         if not separator or not variable.isidentifier():
             raise ConfigError(f"--env {each!r} sets nothing", "write --env NAME=VALUE")
         environment.append((variable, value))
+    if redis is not None:
+        made.check_redis(redis)
     where = folder or made.default_folder()
     made.create(where, name, [(variable, value) for variable, value in environment if value is not None])
+    if redis is not None:
+        made.set_redis(where, name, redis, _password(redis_password_file), redis_ca)
     click.echo(f"authority, token and settings are in {where}; keep ca.key and token to yourself")
+
+
+@certs.command()
+@_folder
+@click.argument("address")
+@click.option("--name", default="modelyard", show_default=True, help="Name of the cluster in it.")
+@click.option("--redis-password-file", type=click.Path(path_type=Path), help="File with its password.")
+@click.option(
+    "--redis-ca", type=click.Path(path_type=Path), help="Who signed its certificate; by default this authority."
+)
+def redis(
+    folder: Path | None, address: str, name: str, redis_password_file: Path | None, redis_ca: Path | None
+) -> None:
+    """Keep the head's state in the Redis at ADDRESS, with an authority that is there already; next: modelyard up."""
+    from modelyard.clusters import certs as made
+
+    where = folder or made.default_folder()
+    made.set_redis(where, name, address, _password(redis_password_file), redis_ca)
+    click.echo(f"the head will keep its state at {address}: see {where / made.HEAD_ENV}")
 
 
 @certs.command()
@@ -106,3 +143,14 @@ def node(folder: Path | None, authority: Path | None, addresses: tuple[str, ...]
     where = folder or made.default_folder()
     is_new = made.issue(where, given, authority, days, forget=forget)
     click.echo(f"{'new certificate' if is_new else 'the certificate is still good'}: {where / made.NODE_CERT}")
+
+
+def _password(path: Path | None) -> str:
+    from modelyard.errors import NotFoundError
+
+    if path is None:
+        return ""
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise NotFoundError(f"{str(path)!r} cannot be read: {error}", "name a file that is there") from error

@@ -63,6 +63,58 @@ def node_flags(file: Path) -> None:
     click.echo(" ".join(files.host_flags(files.read(file), {str(address) for address in own_addresses()})))
 
 
+@cluster.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--open", "opened", multiple=True, type=click.IntRange(1, 65535), help="A port that stays open to all.")
+@click.option("--apply", "is_applied", is_flag=True, help="Load the rules on this machine; needs root, or sudo.")
+@click.option("--remove", is_flag=True, help="Take them away instead.")
+def firewall(file: Path | None, opened: tuple[int, ...], is_applied: bool, remove: bool) -> None:
+    """Print nftables rules that let only the machines of FILE reach the ports of Ray; ssh stays open."""
+    from modelyard.clusters import files, launch
+    from modelyard.clusters import firewall as rules
+    from modelyard.errors import ConfigError
+
+    if remove:
+        rules.remove()
+        return
+    if file is None:
+        raise ConfigError("no cluster file is named", "modelyard cluster firewall FILE")
+    read = files.read(file)
+    if read.kind != "local":
+        raise ConfigError(f"{str(file)!r} is of kind {read.kind}", "there the security group or network policy does it")
+    text = rules.rules(launch.addresses(read), opened)
+    if not is_applied:
+        click.echo(text, nl=False)
+        return
+    rules.apply(text)
+    click.echo("only the cluster's machines reach the ports of Ray here")
+
+
+@cluster.command("keep-head", context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--stop", is_flag=True, help="End the head and its keeper instead.")
+@click.option("--forget", is_flag=True, help="With --stop: also remove the kept state.")
+@click.option("--timeout-s", default=180.0, show_default=True, help="Longest wait for the head.")
+def keep_head(command: tuple[str, ...], stop: bool, forget: bool, timeout_s: float) -> None:
+    """Start a head (`-- ray start --head ...`) that is started again whenever it dies.
+
+    Its state is on its disk (~/.modelyard/head), or in the Redis that `modelyard certs redis` names: actors, Serve and
+    jobs are found again, and the other nodes join anew.
+    """
+    from modelyard.clusters import certs, keeper
+    from modelyard.errors import ConfigError
+
+    if stop or forget:
+        if command or not stop:
+            raise ConfigError("--stop takes no command, and --forget goes with --stop", "keep-head --stop --forget")
+        click.echo("stopped" if keeper.stop() else "no head is kept here")
+        if forget:
+            keeper.forget(certs.default_folder())
+        return
+    pid = keeper.keep(command, certs.default_folder(), timeout_s)
+    click.echo(f"the head runs; process {pid} keeps it")
+
+
 def _print(read: ClusterFile, problems: list[Problem], offers: list[Offer]) -> None:
     from modelyard.clusters.instances import known
 

@@ -109,7 +109,7 @@ def _doors(exposure: Exposure) -> Iterator[Finding]:
     public = [door for door in exposure.doors if door.is_public]
     answering = [door for door in public if door.status is not None and door.status < 400]
     for door in answering:
-        todo = "let only those in who need it, by firewall or security group"
+        todo = "let only the cluster in: modelyard cluster firewall FILE --apply, or the cloud's security group"
         yield Finding(f"port {door.port}", "warn", f"{door.process} answers anyone", todo)
     yield Finding("other ports", "ok", f"{len(public) - len(answering)} of Ray's open ports refuse a stranger")
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from modelyard.clusters.submit import Job
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -23,6 +30,8 @@ import click
 @click.option("--pools", help="lease.pools of the config, most wanted first, by commas.")
 @click.option("--id", "submission_id", help="Name of the job; by default Ray makes one.")
 @click.option("--installed", is_flag=True, help="Run the Modelyard that the nodes have, not the code that is here.")
+@click.option("--driver-pool", metavar="POOL", help="Run the script on a node of this pool: it outlives the head.")
+@click.option("--restarts", default=0, type=click.IntRange(min=0), help="Send it again when its node is lost.")
 @click.option("--detach", is_flag=True, help="Return once the job is accepted.")
 @click.option("--timeout-s", default=60.0, show_default=True, help="Longest wait for the way to the cluster.")
 def submit(
@@ -38,6 +47,8 @@ def submit(
     pools: str | None,
     submission_id: str | None,
     installed: bool,
+    driver_pool: str | None,
+    restarts: int,
     detach: bool,
     timeout_s: float,
 ) -> int:
@@ -56,6 +67,7 @@ def submit(
         environment={**_laptop_variables(file, address), **_pairs(environment)},
         with_code=not installed,
         submission_id=submission_id,
+        pool=driver_pool,
     )
     with _way(file, address, timeout_s) as url:
         client = jobs.connect(url, _token(file, token_file))
@@ -65,12 +77,25 @@ def submit(
             click.echo(job_id)
             return 0
         try:
-            code = jobs.follow(client, job_id, lambda text: click.echo(text, nl=False))
+            return _followed(client, job, job_id, url, restarts)
         except KeyboardInterrupt:
             click.echo(f"\njob {job_id} goes on; ray job logs --follow {job_id}, ray job stop {job_id}", err=True)
             return 130
-        click.echo(f"job {job_id}: " + ("done" if code == 0 else f"exit code {code}"), err=True)
-        return code
+
+
+def _followed(client: JobSubmissionClient, job: Job, job_id: str, url: str, restarts: int) -> int:
+    """Follow a job, and send it again when its node was lost; a run goes on from its newest checkpoint."""
+    from modelyard.clusters import submit as jobs
+
+    for left in range(restarts, -1, -1):
+        code = jobs.follow(client, job_id, lambda text: click.echo(text, nl=False))
+        if code == 0 or left == 0 or not jobs.was_lost(client, job_id):
+            break
+        again = dataclasses.replace(job, submission_id=None)
+        click.echo(f"job {job_id}: its node is lost; it is sent again", err=True)
+        job_id = jobs.start(client, again, url)
+    click.echo(f"job {job_id}: " + ("done" if code == 0 else f"exit code {code}"), err=True)
+    return code
 
 
 def _pairs(words: tuple[str, ...]) -> dict[str, str]:

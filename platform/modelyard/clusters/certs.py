@@ -29,10 +29,14 @@ from modelyard.errors import ConfigError, NotFoundError, StorageError
 
 CA_CERT, CA_KEY, TOKEN, SETTINGS = "ca.crt", "ca.key", "token", "settings.env"
 NODE_CERT, NODE_KEY, NODE_ENV = "node.crt", "node.key", "node.env"
+HEAD_ENV, REDIS_CA = "head.env", "redis-ca.crt"
+"""Where the head keeps the cluster's state, and who signed that server's certificate."""
 CA_DAYS = 5 * 365
 NODE_DAYS = 365
 RENEW_BEFORE_DAYS = 30
-SECRET = (CA_KEY, TOKEN, SETTINGS, NODE_KEY, NODE_ENV)
+HEAD_PATIENCE_S = 600
+"""How long a node waits for a head that is away, before it gives up and stops."""
+SECRET = (CA_KEY, TOKEN, SETTINGS, NODE_KEY, NODE_ENV, HEAD_ENV)
 """Files that only their owner may read."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -94,8 +98,44 @@ def create(folder: Path, name: str = "modelyard", environment: Sequence[tuple[st
     _write(folder / CA_KEY, _key_bytes(key))
     _write(folder / CA_CERT, _bytes(certificate), 0o644)
     _write(folder / TOKEN, secrets.token_hex(32).encode())
-    lines = [f"export {variable}={_quoted(value)}\n" for variable, value in environment]
-    _write(folder / SETTINGS, "".join(lines).encode())
+    _write(folder / SETTINGS, _exports(environment))
+
+
+def set_redis(folder: Path, name: str, address: str, password: str = "", authority: Path | None = None) -> None:
+    """Let the head keep the cluster's state in a Redis, so that another machine can take its place.
+
+    Args:
+        folder: of the authority.
+        name: of the cluster; one Redis can keep several.
+        address: `HOST:PORT`, `redis://...`, or `rediss://...` for TLS; the head then shows the node's certificate.
+        password: of the Redis.
+        authority: who signed the Redis' certificate; by default the cluster's own authority.
+
+    Raises:
+        NotFoundError: the folder holds no authority, or there is no such file.
+        ConfigError: the address cannot be read; or a password would travel in plain text.
+    """
+    _trusted(folder)
+    check_redis(address)
+    if authority is not None:
+        _write(folder / REDIS_CA, _file(authority), 0o644)
+    variables = [("RAY_REDIS_ADDRESS", address), ("RAY_external_storage_namespace", name)]
+    variables += [("MODELYARD_REDIS_PASSWORD", password)] if password else []
+    _write(folder / HEAD_ENV, _exports(variables))
+
+
+def check_redis(address: str) -> None:
+    """Raise ConfigError when an address of a Redis cannot be used as it is; see `set_redis`."""
+    scheme, separator, rest = address.partition("://")
+    host, colon, port = (rest if separator else address).rpartition(":")
+    if (separator and scheme not in ("redis", "rediss")) or not (host and colon and port.isdigit()):
+        raise ConfigError(f"--redis {address!r} is no address", "write rediss://HOST:PORT, or HOST:PORT without TLS")
+    is_here = host in ("127.0.0.1", "localhost", "[::1]")
+    if scheme != "rediss" and not is_here:
+        raise ConfigError(
+            f"--redis {address}: state and password would travel in plain text",
+            "write rediss://HOST:PORT; `modelyard certs node` on that machine makes the certificate for it",
+        )
 
 
 def rotate(folder: Path, *, is_last_step: bool = False, also_token: bool = False) -> None:
@@ -181,6 +221,7 @@ def variables(folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_PATIENCE_S),
     }
 
 
@@ -340,6 +381,17 @@ def _environment(folder: Path) -> str:
     lines = [f"export {name}={_quoted(value)}" for name, value in variables(folder).items()]
     path = _quoted(str(folder / SETTINGS))
     return "\n".join([*lines, f"if [ -f {path} ]; then . {path}; fi", ""])
+
+
+def _exports(variables: Iterable[tuple[str, str]]) -> bytes:
+    return "".join(f"export {name}={_quoted(value)}\n" for name, value in variables).encode()
+
+
+def _file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"{str(path)!r} cannot be read: {error}", "name a file that is there") from error
 
 
 def _quoted(value: str) -> str:

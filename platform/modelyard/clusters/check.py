@@ -183,6 +183,9 @@ def _commands(file: ClusterFile) -> Iterator[Problem]:
         if name.startswith("head") and "--autoscaling-config" not in commands:
             todo = "add --autoscaling-config=~/ray_bootstrap_config.yaml"
             yield Problem(name, "starts no autoscaler, so no other node would come up", todo)
+        if name.startswith("head") and "keep-head" not in commands:
+            todo = "write `modelyard cluster keep-head -- ray start --head ...`"
+            yield Problem(name, "nobody starts the head again when it dies", todo, "warning")
     setup = " ; ".join(map(str, data.get("setup_commands") or []))
     if "modelyard" not in setup and not section(data, "docker"):
         yield Problem(

@@ -19,6 +19,8 @@ from modelyard.errors import AccessError, ConfigError, NotFoundError, StartError
 
 SSH_TIMEOUT_S = 10
 _SECURE = ".modelyard/cluster"
+STOP = "ray stop --grace-period 5; modelyard cluster firewall --remove 2> /dev/null || true"
+RELEASE = ". ~/.modelyard/cluster/node.env; modelyard cluster keep-head --stop --forget"
 _VERSION = "import importlib.metadata as m; print(m.version('ray'))"
 
 
@@ -53,11 +55,27 @@ def down(file: ClusterFile, say: Callable[[str], None]) -> None:
         StartError: Ray's launcher failed.
     """
     _refuse_manifest(file)
+    _let_go(file, say)
     _launcher(file, "down")
     if file.kind == "local":
         say("ending what is left on each machine ...")
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda address: run_on(file, address, "ray stop --grace-period 5"), addresses(file)))
+            list(pool.map(lambda address: run_on(file, address, STOP), addresses(file)))
+
+
+def _let_go(file: ClusterFile, say: Callable[[str], None]) -> None:
+    """End the process that would start the head again, and remove the kept state: the next `up` is a new cluster."""
+    if "keep-head" not in " ".join(map(str, file.data.get("head_start_ray_commands") or [])):
+        return
+    say("ending what keeps the head ...")
+    try:
+        if file.kind == "local":
+            run_on(file, head_address(file), RELEASE)
+        else:
+            head_address(file)
+            _launcher(file, "exec", after=(RELEASE,))
+    except (NotFoundError, StartError, UnavailableError) as error:
+        say(f"the head did not answer, so its state may be kept: {error.problem}")
 
 
 def greet(file: ClusterFile) -> None:
@@ -166,9 +184,10 @@ def refusal(file: ClusterFile, address: str, said: str) -> AccessError | Unavail
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
-def _launcher(file: ClusterFile, command: str, *options: str) -> None:
+def _launcher(file: ClusterFile, command: str, *options: str, after: Sequence[str] = ()) -> None:
     started = time.monotonic()
-    words: Sequence[str] = [*_RAY, command, "-y", *options, str(file.path)]
+    sure = ["-y"] if command in ("up", "down") else []
+    words: Sequence[str] = [*_RAY, command, *sure, *options, str(file.path), *after]
     code = subprocess.run(words, env=_environment(file), stdin=subprocess.DEVNULL, check=False).returncode
     if code != 0:
         seconds = time.monotonic() - started

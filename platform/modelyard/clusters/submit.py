@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelyard.clusters.files import POOL
 from modelyard.errors import AccessError, ConfigError, NotFoundError, UnavailableError
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ EXCLUDES = (
 MAX_MIB = 200
 """Larger working directories are refused: data belongs into the store."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+LOST = (
+    "JOB_SUPERVISOR_ACTOR_DIED",
+    "JOB_SUPERVISOR_ACTOR_START_FAILURE",
+    "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE",
+)
+"""What Ray says of a job whose node is gone."""
 STOPPED_CODE = 130
 _POLL_S = 1.0
 _NOT_READY = "No available agent"
@@ -55,6 +62,13 @@ class Job:
     with_code: bool = True
     """Send `platform/modelyard` of the working directory, so that the job runs the code that is here."""
     submission_id: str | None = None
+    pool: str | None = None
+    """Where the script itself runs; None: on the head, and with it."""
+
+    @property
+    def selector(self) -> dict[str, str] | None:
+        """Ray label selector of the script's node."""
+        return {POOL: self.pool} if self.pool else None
 
     @property
     def runtime_env(self) -> dict[str, Any]:
@@ -158,7 +172,10 @@ def start(client: JobSubmissionClient, job: Job, address: str, patience_s: float
             with translated(address):
                 return str(
                     client.submit_job(
-                        entrypoint=job.entrypoint, runtime_env=job.runtime_env, submission_id=job.submission_id
+                        entrypoint=job.entrypoint,
+                        runtime_env=job.runtime_env,
+                        submission_id=job.submission_id,
+                        entrypoint_label_selector=job.selector,
                     )
                 )
         except UnavailableError as error:
@@ -175,6 +192,8 @@ def follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], None
     Raises:
         UnavailableError: the cluster was silent for longer.
     """
+    import aiohttp
+
     output = _Output(write)
     heard = time.monotonic()
     while True:
@@ -184,15 +203,26 @@ def follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], None
             info = client.get_job_info(job_id)
             heard = time.monotonic()
             if info.status in ENDED:
-                output.complete(client.get_job_logs(job_id))
+                with contextlib.suppress(RuntimeError):  # they went with their node
+                    output.complete(client.get_job_logs(job_id))
                 return _code(info)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
             if time.monotonic() - heard > patience_s:
                 raise UnavailableError(
                     f"nothing was heard of job {job_id} for {patience_s:g} s: {error}",
                     f"it may go on: ray job status {job_id}",
                 ) from error
         time.sleep(_POLL_S)
+
+
+def was_lost(client: JobSubmissionClient, job_id: str) -> bool:
+    """Whether a job that failed did so with its node, and not by itself."""
+    info = client.get_job_info(job_id)
+    return (
+        info.status == "FAILED"
+        and info.driver_exit_code is None
+        and getattr(info.error_type, "value", info.error_type) in LOST
+    )
 
 
 class _Output:

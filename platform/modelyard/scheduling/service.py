@@ -36,6 +36,8 @@ NAME, NAMESPACE = "modelyard-scheduler", "modelyard"
 ROUND_S = 1.0
 """Seconds between two looks at the cluster; a submitted or finished job starts a round at once."""
 CALL_TIMEOUT_S = 30.0
+HEAD = "node:__internal_head__"
+"""The resource by which Ray marks the head."""
 T = TypeVar("T")
 
 
@@ -175,10 +177,9 @@ def start(
     check = Journal(url)
     check.read()
     check.close()
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=32)(SchedulerActor)
     try:
-        actor = options.options(name=NAME, namespace=NAMESPACE, lifetime="detached", scheduling_strategy=here).remote(
+        actor = options.options(name=NAME, namespace=NAMESPACE, lifetime="detached", **_here()).remote(
             url, policy_name, timing or Timing(), autoscaling_config
         )
     except ValueError:
@@ -191,6 +192,14 @@ def start(
         ray.kill(actor)
         raise WaitTimeoutError("the scheduler to start", start_timeout_s, "--start-timeout-s") from None
     return actor
+
+
+def _here() -> dict[str, Any]:
+    """Options that pin an actor to this node; the head as such, since one that is started again has another id."""
+    node_id = ray.get_runtime_context().get_node_id()
+    if any(node.node_id == node_id and HEAD in node.total for node in RayCluster().nodes()):
+        return {"resources": {HEAD: 0.001}}
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
 
 
 def connect() -> Any | None:

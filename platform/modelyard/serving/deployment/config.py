@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
@@ -124,6 +125,10 @@ class ServingConfig(Config):
     host: str = "127.0.0.1"
     """Address the HTTP proxies bind."""
     port: int = Field(default=8000, ge=1, le=65535)
+    certificate: str | None = None
+    """Path, on every node with a proxy, of a certificate: turns HTTPS on. E.g. `~/.modelyard/cluster/node.crt`."""
+    certificate_key: str | None = None
+    """Path of its key."""
     proxies: Literal["head", "every_node"] = "head"
     """Where calls are taken in: on the head, or on every node with a replica, behind a load balancer."""
     models: tuple[ModelApp, ...]
@@ -141,6 +146,21 @@ class ServingConfig(Config):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models are named {twice[0]!r}; give one of them another `model.name`")
         return models
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.certificate is None) != (self.certificate_key is None):
+            raise ValueError("certificate and certificate_key go together; give both, or none for plain HTTP")
+        return self
+
+    @property
+    def http_options(self) -> dict[str, str | int]:
+        """What Ray Serve is told of its HTTP server."""
+        options: dict[str, str | int] = {"host": self.host, "port": self.port}
+        if self.certificate and self.certificate_key:
+            files = {"ssl_certfile": self.certificate, "ssl_keyfile": self.certificate_key}
+            options |= {name: str(Path(path).expanduser()) for name, path in files.items()}
+        return options
 
     @model_validator(mode="after")
     def _open_only_here(self) -> Self:

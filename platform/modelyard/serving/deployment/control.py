@@ -86,7 +86,7 @@ def up(config: ServingConfig, say: Say) -> dict[str, Deployed]:
         resolved.append(resolve(app, registry))
     _check_cascades(config, [served for _, served, _ in resolved], registry)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location=_PROXIES[config.proxies], http_options={"host": config.host, "port": config.port})
+    serve.start(proxy_location=_PROXIES[config.proxies], http_options=config.http_options)
     targets = []
     now = current()
     for app, served, why in resolved:

@@ -1,0 +1,47 @@
+"""Three faults of `benchmarks/chaos.py` on real hosts: none costs a row, or a call."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.clusters.hosts import why_not
+
+pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
+FAULTS = ("worker", "link10", "head")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the three faults did, by name."""
+    if reason := why_not():
+        pytest.skip(f"hosts of network namespaces: {reason}")
+    path = tmp_path_factory.mktemp("chaos") / "out.json"
+    command = [sys.executable, str(SCRIPT), "--only", *FAULTS, "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1400, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return {each["fault"]: each for each in json.loads(path.read_text())}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_run_ends_with_exactly_the_rows_of_an_undisturbed_one(
+    outcomes: dict[str, dict[str, Any]], fault: str
+) -> None:
+    assert outcomes[fault]["rows"] == "exact"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_cluster_is_whole_again_by_itself(outcomes: dict[str, dict[str, Any]], fault: str) -> None:
+    assert outcomes[fault]["mended_s"] is not None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_call_fails_and_no_answer_changes(outcomes: dict[str, dict[str, Any]], fault: str) -> None:
+    assert outcomes[fault]["asked"] > 20
+    assert outcomes[fault]["failed"] == 0, outcomes[fault]["failures"]
+    assert outcomes[fault]["wrong"] == 0

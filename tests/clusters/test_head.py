@@ -1,0 +1,205 @@
+"""A head that dies on a cluster of hosts: what is there again without a hand, and what must be sent again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.clusters.conftest import POOL, Launched, must
+
+pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+
+SETUP = """
+import ray
+from ray import serve
+ray.init(address="auto", namespace="test", log_to_driver=False, logging_level="ERROR")
+
+@ray.remote(num_cpus=0, resources={"rack": 0.1}, max_restarts=-1, lifetime="detached", name="counter")
+class Counter:
+    def __init__(self):
+        self.count = 0
+    def add(self):
+        self.count += 1
+        return self.count
+
+@serve.deployment(ray_actor_options={"num_cpus": 0, "resources": {"rack": 0.1}})
+class Hello:
+    def __call__(self, request):
+        return "hello"
+
+counter = Counter.remote()
+ray.get([counter.add.remote() for _ in range(3)])
+serve.start(http_options={"host": "127.0.0.1", "port": 8000})
+serve.run(Hello.bind(), name="hello", route_prefix="/hello")
+print("READY")
+"""
+LOOK = """
+import json, urllib.request, ray
+ray.init(address="auto", namespace="test", log_to_driver=False, logging_level="ERROR")
+count = ray.get(ray.get_actor("counter").add.remote(), timeout=30)
+said = urllib.request.urlopen("http://127.0.0.1:8000/hello", timeout=30).read().decode()
+alive = sum(node["Alive"] for node in ray.nodes())
+print("LOOK" + json.dumps([count, said, alive]))
+"""
+JOB = """
+import os, sys, time, ray
+ray.init(log_to_driver=False)
+pool = ray.get_runtime_context().get_node_labels()["modelyard/pool"]
+print("runs in", pool, flush=True)
+marks = [name for name in os.listdir(sys.argv[1]) if name.startswith("begun-")]
+open(os.path.join(sys.argv[1], f"begun-{len(marks)}"), "w").close()
+while not os.path.exists(os.path.join(sys.argv[1], "go")):
+    time.sleep(0.2)
+
+@ray.remote(num_cpus=0, resources={"rack": 0.1})
+def where():
+    return "work is done"
+
+print(ray.get(where.remote()), flush=True)
+"""
+
+
+def until(claim: str, condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"never happened within {timeout_s:g} s: {claim}")
+        time.sleep(0.5)
+    return found
+
+
+def on_head(cluster: Launched, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command on the head, as its user does."""
+    line = '. ~/.modelyard/cluster/node.env; exec "$@"'
+    return cluster.hosts[0].run("bash", "-c", line, "-", *command, timeout_s=200)
+
+
+def look(cluster: Launched) -> list[Any] | None:
+    """The detached actor's count, Serve's answer, and how many nodes are alive; None while the head is away."""
+    text = on_head(cluster, "python", "-c", LOOK).stdout.partition("LOOK")[2]
+    return json.loads(text) if text else None
+
+
+def kill_head(cluster: Launched) -> None:
+    """Kill the head's GCS, and wait until its keeper has noticed."""
+    head = cluster.hosts[0]
+    (before,) = head.run("pgrep", "-f", "gcs/gcs_server").stdout.split()
+    head.kill("gcs/gcs_server")
+    until("a new GCS runs", lambda: head.run("pgrep", "-f", "gcs/gcs_server").stdout.split() not in ([], [before]))
+
+
+def test_actors_serve_and_the_scheduler_come_back_with_a_killed_head(launched: Launched) -> None:
+    until("three nodes have joined", lambda: (found := nodes(launched)) == 3 and found)
+    assert "READY" in must(on_head(launched, "python", "-c", SETUP)).stdout
+    must(on_head(launched, "modelyard", "scheduler", "start", "--policy", "priority"))
+    must(on_head(launched, "modelyard", "quota", "set", "vision", "--guaranteed", f"{POOL}=1"))
+    assert look(launched) == [4, "hello", 3]
+    kill_head(launched)
+    found = until("all of it is back", lambda: (seen := look(launched)) is not None and seen[2] == 3 and seen)
+    assert found[0] >= 5, "the actor on another host went on, and kept what it knew"
+    assert found[1] == "hello"
+    tenants = until("the scheduler answers", lambda: on_head(launched, "modelyard", "quota", "show").stdout)
+    assert "vision" in tenants
+    must(on_head(launched, "modelyard", "scheduler", "stop"))
+
+
+@pytest.mark.parametrize("pool", [POOL, None])
+def test_a_script_outlives_the_head_in_a_pool_and_is_sent_again_otherwise(
+    launched: Launched, pool: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    marks = launched.folder / f"marks-{pool}"
+    marks.mkdir()
+    words = ["submit", "--cluster", str(launched.file), "--working-dir", str(tmp_path), "--restarts", "2"]
+    words += ["--driver-pool", pool] if pool else []
+    command = [str(Path(sys.executable).with_name("modelyard")), *words, str(tmp_path / "job.py"), str(marks)]
+    log = tmp_path / "job.log"
+    with log.open("w") as stream:
+        job = subprocess.Popen(command, env=launched.environment, stdout=stream, stderr=stream)
+    try:
+        until("the script runs", lambda: (marks / "begun-0").exists())
+        kill_head(launched)
+        until("the head answers", lambda: nodes(launched) == 3, 180)
+        (marks / "go").touch()
+        assert job.wait(180) == 0, log.read_text()
+    finally:
+        job.kill()
+    assert "work is done" in log.read_text()
+    assert len(list(marks.glob("begun-*"))) == (1 if pool else 2)
+    assert ("it is sent again" in log.read_text()) == (pool is None)
+
+
+def nodes(cluster: Launched) -> int:
+    """How many nodes are alive; 0 while the head is away."""
+    code = (
+        "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR');"
+        "print('NODES', sum(n['Alive'] for n in ray.nodes()))"
+    )
+    words = on_head(cluster, "timeout", "60", "python", "-c", code).stdout.split()
+    return int(words[-1]) if "NODES" in words else 0
+
+
+LISTENING = """
+import json, psutil
+ports = {}
+for process in psutil.process_iter():
+    for each in process.net_connections("tcp"):
+        if each.status == psutil.CONN_LISTEN and each.laddr.ip not in ("127.0.0.1", "::1"):
+            ports[each.laddr.port] = process.name()
+print(json.dumps(ports))
+"""
+KNOCK = """
+import json, socket, sys, urllib.error, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+address, ports = sys.argv[1], json.loads(sys.argv[2])
+
+def knock(port):
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+    except OSError:
+        return "closed"
+    try:
+        with urllib.request.urlopen(f"http://{address}:{port}/", timeout=4) as answer:
+            return "metrics" if b"# HELP" in answer.read(100_000) else f"answers {answer.status}"
+    except urllib.error.HTTPError as error:
+        return f"refuses {error.code}"
+    except Exception:
+        return "refuses"
+
+with ThreadPoolExecutor(16) as pool:
+    print(json.dumps(dict(zip(ports, pool.map(knock, ports)))))
+"""
+
+
+def knocked(cluster: Launched, door: int, visitor: int | None) -> dict[str, str]:
+    """What each open port of one host says to a visitor without token or certificate; None: the stranger."""
+    host = cluster.hosts[door]
+    ports = json.loads(must(host.run("python", "-c", LISTENING)).stdout)
+    assert len(ports) > 5, ports
+    outside = cluster.stranger if visitor is None else cluster.hosts[visitor]
+    assert outside is not None
+    asked = json.dumps([int(port) for port in ports])
+    said = must(outside.run("python", "-c", KNOCK, host.address, asked, timeout_s=120)).stdout
+    return {f"{port} {ports[port]}": word for port, word in json.loads(said).items()}
+
+
+@pytest.mark.parametrize("door", [0, 1])
+def test_a_stranger_reaches_ssh_and_nothing_else(launched: Launched, door: int) -> None:
+    reached = {port: word for port, word in knocked(launched, door, None).items() if word != "closed"}
+    assert reached == {"22 sshd": "refuses"}
+
+
+@pytest.mark.parametrize("door", [0, 1])
+def test_another_host_of_the_cluster_reads_metrics_without_a_token_and_nothing_else(
+    launched: Launched, door: int
+) -> None:
+    said = knocked(launched, door, 2)
+    useful = {port: word for port, word in said.items() if not word.startswith(("refuses", "closed", "metrics"))}
+    assert useful == {}
+    assert "refuses" in said.values()
