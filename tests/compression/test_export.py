@@ -56,6 +56,8 @@ def test_a_classifier_answers_the_same(
         ({"format": "torch_export"}, "torch", 0.999),
         ({"format": "gguf"}, "gguf", 0.97),
         ({"format": "openvino"}, "openvino_genai", 0.97),
+        ({"format": "openvino", "quantize": "int4"}, "nncf", 0.7),
+        ({"format": "openvino", "quantize": "int4_awq", "calibration_rows": 16}, "nncf", 0.7),
     ],
 )
 def test_a_language_model_writes_the_same(

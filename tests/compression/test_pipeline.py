@@ -14,6 +14,7 @@ from tests.compression.conftest import Folders
 from modelyard.artifacts import Registry
 from modelyard.compression import Recipe, compress
 from modelyard.compression.measuring import Figures
+from modelyard.compression.pipeline import remarks
 from modelyard.compression.recipe import Limits
 from modelyard.compression.report import Report, broken_limits
 from modelyard.data.dataset import Dataset
@@ -166,6 +167,15 @@ def test_every_limit_is_judged_with_both_numbers() -> None:
     assert "rose by 0.1" in broken[0]
     wide = Limits(max_perplexity_increase=0.2, min_size_ratio=1.5, min_speedup=1.1)
     assert broken_limits(report, wide) == []
+
+
+def test_a_report_says_that_zeros_bring_no_speed() -> None:
+    pruned = remarks(recipe("datasets:/d", {"kind": "prune"}))
+    report = Report(("perplexity", "min"), figures(), figures(), "token", pruned)
+    assert "no speed, no size" in report.lines()[-1]
+    assert report.as_dict()["remarks"] == list(pruned)
+    assert "2:4" in remarks(recipe("datasets:/d", {"kind": "prune", "pattern": "2:4"}))[0]
+    assert remarks(recipe("datasets:/d", {"kind": "shrink", "mlp": 0.5})) == ()
 
 
 def test_accuracy_is_judged_in_points() -> None:

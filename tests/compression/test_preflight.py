@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.compression.preflight import check_recipe, needed_modules
+from modelyard.compression.preflight import check_recipe, needed_modules, why_not_fp8
 from modelyard.compression.recipe import Recipe
 from modelyard.errors import ConfigError, MissingExtraError
 
@@ -47,3 +47,23 @@ def test_a_package_that_is_missing_is_named_with_its_extra() -> None:
 def test_only_what_a_recipe_uses_is_needed() -> None:
     assert needed_modules(recipe({"kind": "prune"})) == []
     assert needed_modules(recipe(INT8, target={"engine": "openvino"})) == ["torchao", "openvino", "openvino_genai"]
+
+
+@pytest.mark.parametrize("reason", ["there is no GPU", "A100 has compute capability 8.0"])
+def test_fp8_is_refused_with_the_reason_where_the_hardware_has_none(reason: str) -> None:
+    made = recipe({"kind": "quantize", "codes": "fp8"})
+    with pytest.raises(ConfigError, match=rf"fp8 would save nothing over int8 here: {reason}"):
+        check_recipe(made, *TEXT, has_module=lambda module: True, no_fp8=lambda: reason)
+    check_recipe(made, *TEXT, has_module=lambda module: True, no_fp8=lambda: None)
+
+
+def test_this_machine_says_what_it_lacks_for_fp8() -> None:
+    import torch
+
+    assert (why_not_fp8() is None) == (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
+
+
+@pytest.mark.parametrize("task", ["text_classification", "token_classification"])
+def test_encoders_can_be_compressed(task: str) -> None:
+    made = recipe({"kind": "export", "format": "onnx"}, target={"engine": "onnx"}, limits={"max_accuracy_drop": 0.01})
+    check_recipe(made, task, ("macro_f1", "max"), has_module=lambda module: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from tests.compression.conftest import Folders
 from tests.compression.workspaces import quality, weight_bytes, workspace
 
+from modelyard.compression.gptq import gptq
 from modelyard.compression.quantize import quantize
 from modelyard.compression.recipe import Quantize
 from modelyard.data.dataset import Dataset
 from modelyard.errors import ConfigError, IntegrityError
 from modelyard.tasks import load_model
-from modelyard.tasks.compact import pack_int4, read_compact, unpack_int4
+from modelyard.tasks.compact import StoredLayer, dequantize, pack_int4, read_compact, unpack_int4
+from modelyard.tasks.rounding import quantize_weight
 
 pytestmark = pytest.mark.slow  # on models that are trained first
 
@@ -25,7 +28,7 @@ pytest.importorskip("torchao")
 
 @pytest.fixture
 def work(tmp_path: Path) -> Any:
-    return lambda folders: workspace(folders, tmp_path / "scratch")
+    return lambda folders: workspace(folders, tmp_path / uuid.uuid4().hex)
 
 
 def perplexity(folder: Path, dataset: Path) -> float:
@@ -54,6 +57,41 @@ def test_perplexity_stays_near_and_the_file_shrinks(
     before = perplexity(language.model, language.dataset)
     assert perplexity(result, language.dataset) < before * (1 + most)
     assert weight_bytes(language.model) > times * weight_bytes(result)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
+def test_gptq_is_the_nearest_code_where_inputs_have_nothing_in_common(granularity: Any, symmetric: bool) -> None:
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(0))
+    layer = StoredLayer(codes="int4", granularity=granularity, symmetric=symmetric, group_size=32)
+    a, b = gptq(weight, torch.eye(96), layer), quantize_weight(weight, layer)
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.scale, b.scale)
+    assert symmetric or torch.equal(a.zero_point, b.zero_point)
+
+
+@pytest.mark.parametrize("granularity", ["group", "channel"])
+def test_gptq_loses_less_of_what_correlated_inputs_give(granularity: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 256, generator=generator)
+    x = torch.randn(2000, 24, generator=generator) @ torch.randn(24, 256, generator=generator)
+    x += 0.3 * torch.randn(2000, 256, generator=generator)
+    layer = StoredLayer(codes="int4", granularity=granularity, group_size=32)
+    errors = []
+    for found in (gptq(weight, x.T @ x, layer), quantize_weight(weight, layer)):
+        near = dequantize(found.codes, found.scale, found.zero_point)
+        errors.append(float((x @ (near - weight).T).square().mean()))
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_gptq_makes_four_bits_of_a_language_model_better(language: Folders, work: Any) -> None:
+    step = {"codes": "int4", "granularity": "channel", "embeddings": False, "calibration_rows": 128}
+    losses = [
+        quality(quantize(work(language), Quantize.model_validate({**step, "method": method})).folder, language.dataset)
+        for method in ("nearest", "gptq")
+    ]
+    whole = quality(language.model, language.dataset)["loss"]
+    assert losses[1]["loss"] - whole < 0.7 * (losses[0]["loss"] - whole)
 
 
 def test_rounded_inputs_are_felt(language: Folders, work: Any) -> None:

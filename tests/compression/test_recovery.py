@@ -85,7 +85,15 @@ def test_divergences_are_those_of_the_textbook(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "lesson", [{}, {"student_text": 1.0}, {"teacher_text": 1.0}, {"hidden": 1.0}, {"divergence": "reverse_kl"}]
+    "lesson",
+    [
+        {},
+        {"student_text": 1.0},
+        {"student_text": 1.0, "weight": 0.5},  # its own words are no labels
+        {"teacher_text": 1.0},
+        {"hidden": 1.0},
+        {"divergence": "reverse_kl"},
+    ],
 )
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(language: Folders, lesson: dict[str, Any]) -> None:
     task = refined(language.model, distillation={"teacher": str(language.model), "weight": 1.0, **lesson})
@@ -111,6 +119,24 @@ def test_on_policy_text_begins_with_the_data_and_goes_on_with_the_students_own(l
     assert asked.shape == tokens.shape
     assert torch.equal(asked[:, :half], tokens[:, :half])
     assert not torch.equal(asked[:, half:], tokens[:, half:])
+
+
+def test_sequence_level_the_teachers_words_are_the_labels_and_its_scores_are_not_asked(
+    language: Folders,
+) -> None:
+    task = refined(language.model, distillation={"teacher": str(language.model), "teacher_text": 1.0, "weight": 0.0})
+    opened = Dataset.open(language.dataset)
+    model: Any = task.build(opened.info, language.dataset).train()
+    asked: list[int] = []
+    model.lesson._teacher.model.register_forward_hook(lambda _m, _i, out: asked.append(out.logits.shape[1]))
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    losses = task.loss(model, task.collate(opened.split("train").read(np.arange(4)), "cpu"))
+    with torch.no_grad():
+        logits = load_model(language.model)[1](input_ids=seen[0]).logits
+    expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), seen[0][:, 1:].flatten(), reduction="none")
+    assert torch.allclose(losses, expected.view(4, -1).mean(dim=1), atol=1e-4)
+    assert max(asked) <= seen[0].shape[1] // 2  # it read the prompt and wrote, and judged nothing
 
 
 def test_students_of_another_width_learn_hidden_states_and_are_saved_without_the_bridge(

@@ -53,6 +53,23 @@ def input_norms(
     return {name: (sums[name] / counts[name]).sqrt() for name in names}
 
 
+def input_moments(
+    task: Task, model: nn.Module, names: Sequence[str], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Second moments (in, in) of the input features of each named linear layer, summed over all tokens."""
+    sums: dict[str, Tensor] = {}
+    last: list[Tensor] = []  # an input and its moments: several layers are often given the same one
+
+    def see(name: str, x: Tensor) -> None:
+        if not last or last[0] is not x:
+            flat = x.detach().float().flatten(0, -2)
+            last[:] = [x, flat.T @ flat]
+        sums[name] = sums[name].add_(last[1]) if name in sums else last[1].clone()
+
+    _run(task, model, names, batches, see)
+    return sums
+
+
 def layer_influence(
     task: Task, model: nn.Module, layers: Sequence[str], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, float]:

@@ -40,14 +40,17 @@ class Generated:
 
 
 class Engine(ABC):
-    """A loaded model. A language model scores and continues tokens, a classifier scores images."""
+    """A loaded model. A language model scores and continues tokens, a classifier scores images or texts."""
 
     weight_bytes: int
     """Size of the files that it read."""
 
     @abstractmethod
-    def scores(self, inputs: npt.NDArray[Any]) -> Floats:
-        """Tokens (B, T) int64 -> (B, T, V), or pixels (B, C, H, W) uint8 -> (B, classes)."""
+    def scores(self, inputs: npt.NDArray[Any], mask: Ints | None = None) -> Floats:
+        """Tokens (B, T) int64 -> (B, T, V), or pixels (B, C, H, W) uint8 -> (B, classes).
+
+        Encoders of texts take a mask (B, T) too, 1 for tokens that count, and give (B, classes) or (B, T, tags).
+        """
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Generated:
         """The greedy continuation of a prompt by exactly `tokens` tokens, one sequence at a time.
@@ -109,13 +112,17 @@ class TorchEngine(Engine):
         self._model: Any = model.float()
         self.weight_bytes = folder_bytes(folder.glob("*.safetensors"))
 
-    def scores(self, inputs: npt.NDArray[Any]) -> Floats:
+    def scores(self, inputs: npt.NDArray[Any], mask: Ints | None = None) -> Floats:
         import torch
 
         with torch.inference_mode():
             given = torch.from_numpy(np.ascontiguousarray(inputs))
-            is_text = self._task.kind == "causal_lm"
-            output = self._model(input_ids=given, use_cache=False).logits if is_text else self._model(given)
+            if mask is not None:
+                output = self._model(input_ids=given, attention_mask=torch.from_numpy(mask)).logits
+            elif self._task.kind == "causal_lm":
+                output = self._model(input_ids=given, use_cache=False).logits
+            else:
+                output = self._model(given)
             result: Floats = output.float().numpy()
         return result
 
@@ -150,10 +157,10 @@ class OpenVINOEngine(Engine):
         self._request = core.compile_model(model, "CPU", properties).create_infer_request()
         self._output = self._request.model_outputs[0]
 
-    def scores(self, inputs: npt.NDArray[Any]) -> Floats:
+    def scores(self, inputs: npt.NDArray[Any], mask: Ints | None = None) -> Floats:
         if "beam_idx" not in self._names:
-            first = next(iter(self._request.model_inputs))
-            return np.array(self._request.infer({first: inputs})[self._output], dtype=np.float32)
+            given = [inputs] if mask is None else [inputs, mask]
+            return np.array(self._request.infer(given)[self._output], dtype=np.float32)
         self._request.reset_state()
         return np.array(self._step(inputs, inputs.shape[1]), dtype=np.float32)
 
@@ -196,11 +203,12 @@ class OnnxEngine(Engine):
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._input = self._session.get_inputs()[0].name
+        self._inputs = [each.name for each in self._session.get_inputs()]
         self.weight_bytes = folder_bytes(path.parent.iterdir())
 
-    def scores(self, inputs: npt.NDArray[Any]) -> Floats:
-        return np.asarray(self._session.run(None, {self._input: inputs})[0], dtype=np.float32)
+    def scores(self, inputs: npt.NDArray[Any], mask: Ints | None = None) -> Floats:
+        given = [inputs] if mask is None else [inputs, mask]
+        return np.asarray(self._session.run(None, dict(zip(self._inputs, given, strict=True)))[0], dtype=np.float32)
 
 
 class ExportedEngine(Engine):
@@ -215,11 +223,12 @@ class ExportedEngine(Engine):
         self._model = load_program(folder / "torch_export").module()
         self.weight_bytes = folder_bytes((folder / "torch_export").iterdir())
 
-    def scores(self, inputs: npt.NDArray[Any]) -> Floats:
+    def scores(self, inputs: npt.NDArray[Any], mask: Ints | None = None) -> Floats:
         import torch
 
         with torch.inference_mode():
-            result: Floats = self._model(torch.from_numpy(np.ascontiguousarray(inputs))).float().numpy()
+            given = [torch.from_numpy(np.ascontiguousarray(x)) for x in (inputs, mask) if x is not None]
+            result: Floats = self._model(*given).float().numpy()
         return result
 
 
@@ -237,7 +246,7 @@ class LlamaCppEngine(Engine):
         params.verbosity = -1
         self._server = llama.Server(params)
 
-    def scores(self, inputs: npt.NDArray[Any]) -> Floats:
+    def scores(self, inputs: npt.NDArray[Any], mask: Ints | None = None) -> Floats:
         raise InputError("llama.cpp does not give the scores of all tokens", "measure quality on torch or openvino")
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Generated:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from modelyard.compression.engines import EXTRA, Engine, EngineName, LlamaCppEngine, gguf_to_ir, open_engine
+from modelyard.compression.engines import EXTRA, Engine, EngineName, Ints, LlamaCppEngine, gguf_to_ir, open_engine
 from modelyard.compression.program import save_program
 from modelyard.compression.recipe import Export
 from modelyard.compression.workspace import EXPORT_FOLDERS, Workspace, batches
 from modelyard.errors import ConfigError, IntegrityError
 from modelyard.extras import optional, quiet
+from modelyard.tasks import Task
+from modelyard.tasks.encoders import LENGTH, attention_mask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,6 +30,8 @@ _ENGINES: dict[str, EngineName] = {
     "torch_export": "torch_export",
 }
 _GREEDY_TOKENS = 16
+_NAMES = ["inputs", "mask"]
+"""Of what exported models take."""
 
 
 class Agreement(NamedTuple):
@@ -58,7 +62,7 @@ def export(work: Workspace, step: Export) -> Workspace:
         _onnx(work, step, target)
     elif step.format == "torch_export":
         _, model = work.load()
-        save_program(_scoring(model, is_text), _example(work), target)
+        save_program(_scoring(model, work.task), _example(work), target)
     elif step.format == "gguf":
         _gguf(work, target)
     elif is_text:
@@ -81,8 +85,8 @@ def verify(work: Workspace, step: Export, folder: Path) -> Agreement:
     threads = work.recipe.target.threads
     source = open_engine("torch", work.folder, threads)
     other = open_engine(_ENGINES[step.format], folder, threads)
-    inputs = _held_out(work, step.verify_rows)
-    found = compare(source, other, inputs)
+    inputs, *masks = (each.numpy() for each in _held_out(work, step.verify_rows))
+    found = compare(source, other, inputs, masks[0] if masks else None)
     limit = step.max_difference
     if found.share < step.min_agreement or (limit is not None and found.max_difference > limit):
         raise IntegrityError(
@@ -94,16 +98,17 @@ def verify(work: Workspace, step: Export, folder: Path) -> Agreement:
     return found
 
 
-def compare(source: Engine, other: Engine, inputs: npt.NDArray[Any]) -> Agreement:
-    """Agreement of two engines on tokens (B, T) or pixels (B, C, H, W)."""
-    a, b = source.scores(inputs), other.scores(inputs)
-    b = b[..., : a.shape[-1]]
-    width = b.shape[-1]  # GGUF leaves out rows of the embedding that belong to no token
-    a = a[..., :width]
+def compare(source: Engine, other: Engine, inputs: npt.NDArray[Any], mask: Ints | None = None) -> Agreement:
+    """Agreement of two engines on tokens (B, T), for encoders with their mask (B, T), or on pixels (B, C, H, W)."""
+    a, b = source.scores(inputs, mask), other.scores(inputs, mask)
+    if mask is not None and a.ndim == 3:
+        a, b = a[mask == 1], b[mask == 1]
+    width = min(a.shape[-1], b.shape[-1])  # GGUF leaves out rows of the embedding that belong to no token
+    a, b = a[..., :width], b[..., :width]
     difference = float(np.abs(a - b).max() / np.abs(a).max())
     share = float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
     greedy = None
-    if inputs.ndim == 2 and not isinstance(other, LlamaCppEngine):
+    if mask is None and inputs.ndim == 2 and not isinstance(other, LlamaCppEngine):
         prompt = inputs[0, : inputs.shape[1] // 2].tolist()
         left, right = (e.generate(prompt, min(_GREEDY_TOKENS, len(prompt))).ids for e in (source, other))
         same = [x == y for x, y in zip(left, right, strict=True)]
@@ -111,33 +116,45 @@ def compare(source: Engine, other: Engine, inputs: npt.NDArray[Any]) -> Agreemen
     return Agreement(difference, share, greedy)
 
 
-def _held_out(work: Workspace, rows: int) -> npt.NDArray[Any]:
-    parts = [_inputs(batch).numpy() for batch in batches(work.task, work.dataset, work.recipe.split, rows)]
-    return np.concatenate(parts)
+def _held_out(work: Workspace, rows: int) -> tuple[Tensor, ...]:
+    return _inputs(next(batches(work.task, work.dataset, work.recipe.split, rows, batch_size=rows)))
 
 
-def _inputs(batch: dict[str, Tensor]) -> Tensor:
-    return next(iter(batch.values()))  # tokens or pixels come first in every task
+def _inputs(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Tokens or pixels, which come first in every task; of padded texts their mask too."""
+    first = next(iter(batch.values()))
+    return (first, attention_mask(batch)) if LENGTH in batch else (first,)
 
 
-def _example(work: Workspace) -> Tensor:
-    return _inputs(next(batches(work.task, work.dataset, work.recipe.split, 2)))
+def _feed(batch: dict[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
+    return {name: each.numpy() for name, each in zip(_NAMES, _inputs(batch), strict=False)}
 
 
-def _scoring(model: nn.Module, is_text: bool) -> nn.Module:
-    """A module from one tensor to one tensor of scores."""
+def _example(work: Workspace) -> tuple[Tensor, ...]:
+    return _held_out(work, 2)
+
+
+def _scoring(model: nn.Module, task: Task) -> nn.Module:
+    """A module from tokens (and their mask), or pixels, to one tensor of scores."""
     from torch import nn
+
+    is_text = task.kind == "causal_lm"
 
     class Scoring(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, inputs: Tensor) -> Tensor:
-            result: Tensor = self.model(input_ids=inputs, use_cache=False).logits if is_text else self.model(inputs)
+        def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+            if mask is not None:
+                result: Tensor = self.model(input_ids=inputs, attention_mask=mask).logits
+            elif is_text:
+                result = self.model(input_ids=inputs, use_cache=False).logits
+            else:
+                result = self.model(inputs)
             return result
 
-    if is_text:
+    if hasattr(model, "config"):
         settings: Any = model
         settings.config._attn_implementation = "eager"  # its mask has no branch on the data
     return Scoring().eval()
@@ -150,31 +167,30 @@ def _onnx(work: Workspace, step: Export, target: Path) -> None:
     optional("onnx", "onnx", EXTRA)
     optional("onnxscript", "onnxscript", EXTRA)
     _, model = work.load()
-    is_text = work.task.kind == "causal_lm"
     example = _example(work)
-    dims: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1 << 16)}
-    if is_text:
-        longest = getattr(model.config, "max_position_embeddings", None) or 1 << 16
-        dims[1] = torch.export.Dim("length", min=2, max=int(longest))
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 16
+    length = torch.export.Dim("length", min=2, max=int(longest))
     path = target / "model.onnx"
     with quiet(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _scoring(model, is_text),
-            (example,),
+            _scoring(model, work.task),
+            example,
             str(path),
-            input_names=["inputs"],
+            input_names=_NAMES[: len(example)],
             output_names=["scores"],
-            dynamic_shapes=({index: dim for index, dim in dims.items()},),
+            dynamic_shapes=tuple({0: batch, 1: length} if each.ndim == 2 else {0: batch} for each in example),
             dynamo=True,
-            external_data=is_text,
+            external_data=work.task.kind == "causal_lm",
             verbose=False,
         )
     if step.quantize != "none":
-        _quantize_onnx(work, step, path, is_text)
+        _quantize_onnx(work, step, path)
 
 
-def _quantize_onnx(work: Workspace, step: Export, path: Path, is_text: bool) -> None:
+def _quantize_onnx(work: Workspace, step: Export, path: Path) -> None:
+    is_image = work.task.kind == "image_classification"
     library = optional("onnxruntime.quantization", "onnxruntime", EXTRA)
     full = path.with_name("full.onnx")
     with quiet():
@@ -189,7 +205,7 @@ def _quantize_onnx(work: Workspace, step: Export, path: Path, is_text: bool) -> 
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self._batches, None)
-            return None if batch is None else {"inputs": _inputs(batch).numpy()}
+            return None if batch is None else _feed(batch)
 
     with quiet():
         if step.quantize == "int8_dynamic":
@@ -200,7 +216,7 @@ def _quantize_onnx(work: Workspace, step: Export, path: Path, is_text: bool) -> 
                 str(path),
                 Rows(),
                 per_channel=True,
-                activation_type=library.QuantType.QUInt8 if not is_text else library.QuantType.QInt8,
+                activation_type=library.QuantType.QUInt8 if is_image else library.QuantType.QInt8,
                 weight_type=library.QuantType.QInt8,
             )
     for file in path.parent.glob("full*"):
@@ -223,13 +239,21 @@ def _language_ir(work: Workspace, step: Export, target: Path) -> None:
     openvino = optional("openvino", "openvino-genai", EXTRA)
     _, model = work.load()
     scratch = work.new_folder("ir")
-    write_gguf(model, work.folder, scratch / "model.gguf", exact=step.quantize == "int4")
+    write_gguf(model, work.folder, scratch / "model.gguf", exact=step.quantize != "none")
     path = gguf_to_ir(scratch / "model.gguf", scratch)
-    if step.quantize == "int4":
+    if step.quantize != "none":
         nncf = optional("nncf", "nncf", EXTRA)
+        by_inputs = {}
+        if step.quantize == "int4_awq":
+            rows = [_generating(b) for b in work.calibration_batches(step.calibration_rows, batch_size=1)]
+            by_inputs = {"awq": True, "scale_estimation": True, "dataset": nncf.Dataset(rows), "subset_size": len(rows)}
         with quiet():
             smaller = nncf.compress_weights(
-                openvino.Core().read_model(path), mode=nncf.CompressWeightsMode.INT4_SYM, group_size=32, ratio=1.0
+                openvino.Core().read_model(path),
+                mode=nncf.CompressWeightsMode.INT4_SYM,
+                group_size=32,
+                ratio=1.0,
+                **by_inputs,
             )
             openvino.save_model(smaller, target / "openvino_model.xml", compress_to_fp16=False)
         for name in ("openvino_tokenizer", "openvino_detokenizer"):
@@ -240,17 +264,31 @@ def _language_ir(work: Workspace, step: Export, target: Path) -> None:
             shutil.move(file, target / file.name)
 
 
+def _generating(batch: dict[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
+    """What a stateful language model takes for a whole text."""
+    ids = _inputs(batch)[0].numpy()
+    places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int64), ids.shape)
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.ascontiguousarray(places),
+        "beam_idx": np.arange(ids.shape[0], dtype=np.int32),
+    }
+
+
 def _classifier_ir(work: Workspace, step: Export, target: Path) -> None:
     import torch
 
     openvino = optional("openvino", "openvino-genai", EXTRA)
     _, model = work.load()
     example = _example(work)
+    shapes = [[-1, -1] if each.ndim == 2 else [-1, *each.shape[1:]] for each in example]
     with quiet(), torch.no_grad():
-        converted = openvino.convert_model(_scoring(model, False), example_input=example)
-        converted.reshape([-1, *example.shape[1:]])
+        converted = openvino.convert_model(_scoring(model, work.task), example_input=example)
+        converted.reshape(dict(zip(converted.inputs, shapes, strict=True)))
         if step.quantize == "int8_static":
             nncf = optional("nncf", "nncf", EXTRA)
-            rows = [_inputs(b).numpy() for b in work.calibration_batches(step.calibration_rows)]
-            converted = nncf.quantize(converted, nncf.Dataset(rows), subset_size=len(rows))
+            rows = [list(_feed(b).values()) for b in work.calibration_batches(step.calibration_rows)]
+            kind = {} if work.task.kind == "image_classification" else {"model_type": nncf.ModelType.TRANSFORMER}
+            converted = nncf.quantize(converted, nncf.Dataset(rows), subset_size=len(rows), **kind)
         openvino.save_model(converted, target / "openvino_model.xml", compress_to_fp16=False)

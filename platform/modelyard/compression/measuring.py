@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from modelyard.data.dataset import Dataset
 from modelyard.errors import InputError, ModelyardError, WaitTimeoutError
 
 _BATCH = 8
-_IMAGES_PER_ROUND = 200
+_SINGLE_ROWS = 200
+"""Images or texts that a classifier answers one by one."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Figures:
     quality: dict[str, float]
     """The task's metrics on the held-out rows."""
     latency_p50_ms: float
-    """Of one token after the first, or of one image."""
+    """Of one token after the first, or of one image or text."""
     latency_p99_ms: float
     first_token_ms: float | None
     """Until the first token of a prompt; None for classifiers."""
@@ -104,7 +106,8 @@ def take(request: Request, engine: Engine | None = None) -> Figures:
         engine = open_engine(request.quality_engine, folder, request.threads)
     found, seconds = quality(engine, folder, dataset, request.split, settings.rows)
     available = dataset.split(request.split).num_rows
-    read = min(settings.rows or available, available) * (dataset.info.block_tokens or 1)
+    per_row = (dataset.info.block_tokens or 1) if dataset.info.format == "tokens" else 1
+    read = min(settings.rows or available, available) * per_row
     return replace(figures, quality=found, scored_per_cpu_s=None if request.quality_engine else read / seconds)
 
 
@@ -142,17 +145,17 @@ def _language(name: str, engine: Engine, dataset: Dataset, split: str, settings:
 
 def _classifier(name: str, engine: Engine, dataset: Dataset, split: str, settings: Measuring) -> Figures:
     rows = dataset.split(split)
-    count = min(_IMAGES_PER_ROUND, rows.num_rows)
-    images = rows.read(np.arange(count))["pixels"]
-    for index in range(min(20, count)):
-        engine.scores(images[index : index + 1])
+    count = min(_SINGLE_ROWS, rows.num_rows)
+    singles = _singles(rows.read(np.arange(count)))
+    for single in singles[:20]:  # first calls allocate
+        engine.scores(*single)
     seconds: list[float] = []
     cpu: list[float] = []
     for _ in range(settings.repeats):
         began = time.process_time()
-        for index in range(count):
+        for single in singles:
             start = time.perf_counter()
-            engine.scores(images[index : index + 1])
+            engine.scores(*single)
             seconds.append(time.perf_counter() - start)
         cpu.append((time.process_time() - began) / count)
     return Figures(
@@ -169,20 +172,33 @@ def _classifier(name: str, engine: Engine, dataset: Dataset, split: str, setting
     )
 
 
+def _singles(columns: Mapping[str, npt.NDArray[Any]]) -> list[tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]]:
+    """Rows one by one, as an engine takes them: an image, or a text without its padding and its mask."""
+    if "pixels" in columns:
+        return [(image[None], None) for image in columns["pixels"]]
+    texts = []
+    for ids, length in zip(columns["input_ids"], columns["length"], strict=True):
+        tokens = ids[None, : max(1, int(length))].astype(np.int64)
+        texts.append((tokens, np.ones_like(tokens)))
+    return texts
+
+
 class EngineModel:
     """An engine, callable as the tasks call a model."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, config: Any = None) -> None:
         self._engine = engine
+        self.config = config
         self.cpu_s = 0.0
         """CPU time of the engine so far."""
 
-    def __call__(self, pixels: Any = None, *, input_ids: Any = None, **_: Any) -> Any:
+    def __call__(self, pixels: Any = None, *, input_ids: Any = None, attention_mask: Any = None, **_: Any) -> Any:
         import torch
 
         given = (pixels if input_ids is None else input_ids).numpy()
+        mask = None if attention_mask is None else attention_mask.numpy()
         began = time.process_time()
-        scores = self._engine.scores(given)
+        scores = self._engine.scores(given, mask)
         self.cpu_s += time.process_time() - began
         result = torch.from_numpy(scores)
         return result if input_ids is None else _Output(result)
@@ -200,9 +216,9 @@ def quality(
     from modelyard.compression.workspace import batches
     from modelyard.tasks import read_task
 
-    task, _ = read_task(folder)
+    task, info = read_task(folder)
     parts: list[dict[str, npt.NDArray[Any]]] = []
-    model: Any = EngineModel(engine)
+    model: Any = EngineModel(engine, SimpleNamespace(id2label=dict(enumerate(info.classes))))
     for batch in batches(task, dataset, split, rows, _BATCH):
         parts.append({name: value.numpy() for name, value in task.statistics(model, batch).items()})
     metrics = task.metrics({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})

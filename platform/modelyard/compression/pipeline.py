@@ -22,6 +22,12 @@ from modelyard.data.dataset import Dataset
 from modelyard.errors import ConfigError, DataError, LimitError
 from modelyard.tasks import read_task
 
+_UNITS: dict[str, Literal["token", "image", "text"]] = {
+    "tokens": "token",
+    "images": "image",
+    "labelled_text": "text",
+    "tagged_text": "text",
+}
 OnStep = Callable[[str], None]
 """Called with a line before and after each step."""
 
@@ -93,8 +99,19 @@ def apply(
         tell(f"  {work.notes[-1]}")
     tell(f"measure the result on {recipe.target.engine}")
     after = _figures(work, work.folder, recipe.target.engine)
-    unit: Literal["token", "image"] = "token" if work.dataset.info.format == "tokens" else "image"
-    return work, Report(work.task.objective, before, after, unit)
+    unit: Literal["token", "image", "text"] = _UNITS[work.dataset.info.format]
+    return work, Report(work.task.objective, before, after, unit, remarks(recipe))
+
+
+def remarks(recipe: Recipe) -> tuple[str, ...]:
+    """What the figures of a recipe's result do not show by themselves. Pure."""
+    pruned = [step for step in recipe.steps if step.kind == "prune"]
+    if not pruned:
+        return ()
+    kernels = "; GPUs since Ampere multiply 2:4 faster" if any(step.pattern == "2:4" for step in pruned) else ""
+    return (
+        f"zeros are stored and multiplied on {recipe.target.engine} like other weights: no speed, no size{kernels}",
+    )
 
 
 def _begin(registry: Registry, model: str, recipe: Recipe, scratch: Path) -> Workspace:

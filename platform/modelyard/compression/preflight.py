@@ -10,14 +10,19 @@ from modelyard.compression.recipe import Export, Quantize, Recipe
 from modelyard.errors import ConfigError, MissingExtraError
 from modelyard.tasks.base import Objective
 
-_MEASURED = ("causal_lm", "image_classification")
+_MEASURED = ("causal_lm", "image_classification", "text_classification", "token_classification")
+_FP8_CAPABILITY = (8, 9)
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "gguf": ("gguf",)}
 _ENGINES = {"onnx": ("onnxruntime",), "openvino": ("openvino", "openvino_genai"), "llamacpp": ("xllamacpp", "gguf")}
 _DISTRIBUTIONS = {"openvino": "openvino-genai", "openvino_genai": "openvino-genai"}
 
 
 def check_recipe(
-    recipe: Recipe, task: str, objective: Objective, has_module: Callable[[str], bool] | None = None
+    recipe: Recipe,
+    task: str,
+    objective: Objective,
+    has_module: Callable[[str], bool] | None = None,
+    no_fp8: Callable[[], str | None] | None = None,
 ) -> None:
     """Refuse a recipe that would fail later, perhaps after hours of training.
 
@@ -25,6 +30,7 @@ def check_recipe(
         task: kind of the model's task.
         objective: its deciding metric.
         has_module: whether a module is installed; by default it is looked for here.
+        no_fp8: why nothing here computes with fp8, or None; by default this machine's GPU is asked.
 
     Raises:
         ConfigError: a limit, a step or the target does not fit the model, or the steps do not fit each other.
@@ -37,6 +43,11 @@ def check_recipe(
     _check_limits(recipe, objective)
     _check_order(recipe)
     _check_target(recipe, task)
+    if _uses_fp8(recipe) and (reason := (no_fp8 or why_not_fp8)()) is not None:
+        raise ConfigError(
+            f"codes: fp8 would save nothing over int8 here: {reason}",
+            "use int8, or run the recipe where there is a GPU of compute capability 8.9 or more (Ada, Hopper, ...)",
+        )
     for module in needed_modules(recipe):
         if not (has_module or _has)(module):
             raise MissingExtraError(_DISTRIBUTIONS.get(module, module), EXTRA)
@@ -52,6 +63,22 @@ def needed_modules(recipe: Recipe) -> list[str]:
             needed += _PACKAGES.get(step.format, ())
             needed += ["nncf"] if step.format == "openvino" and step.quantize != "none" else []
     return list(dict.fromkeys([*needed, *_ENGINES.get(recipe.target.engine, ())]))
+
+
+def why_not_fp8() -> str | None:
+    """Why this machine has no arithmetic in 8-bit floating point; None if it has."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < _FP8_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}"
+    return None
+
+
+def _uses_fp8(recipe: Recipe) -> bool:
+    return any(isinstance(step, Quantize) and step.codes == "fp8" for step in recipe.steps)
 
 
 def _check_limits(recipe: Recipe, objective: Objective) -> None:

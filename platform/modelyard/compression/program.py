@@ -16,15 +16,13 @@ PROGRAM = "program.pt2"
 _PICKLED = "data/sample_inputs/model.pt"
 
 
-def save_program(model: nn.Module, example: Tensor, folder: Path) -> None:
+def save_program(model: nn.Module, example: tuple[Tensor, ...], folder: Path) -> None:
     """Trace `model` for any number of rows (and tokens) like `example`, and write graph and weights."""
     import torch
 
-    dims: dict[int, Any] = {0: torch.export.Dim.AUTO}
-    if example.ndim == 2:
-        dims[1] = torch.export.Dim.AUTO
+    dims = tuple({axis: torch.export.Dim.AUTO for axis in range(2 if each.ndim == 2 else 1)} for each in example)
     with torch.no_grad():
-        program = torch.export.export(model, (example,), dynamic_shapes=(dims,), strict=False)
+        program = torch.export.export(model, example, dynamic_shapes=dims, strict=False)
     archive = io.BytesIO()
     torch.export.save(program, archive)
     with zipfile.ZipFile(archive) as full, zipfile.ZipFile(folder / PROGRAM, "w", zipfile.ZIP_STORED) as plain:

@@ -1,7 +1,8 @@
 """Post-training quantization: weights to codes with scales, inputs to calibrated or per-token scales.
 
-The arithmetic is torchao's. Two grids are those of GGUF, so that engines that run GGUF files compute with the very
-same weights: 8 bits symmetric in groups of 32 is Q8_0, 4 bits symmetric in groups of 32 is Q4_0.
+The arithmetic is torchao's, but for GPTQ, which works on all of these grids. Two of them are those of GGUF, so that
+engines that run GGUF files compute with the very same weights: 8 bits symmetric in groups of 32 is Q8_0, 4 bits
+symmetric in groups of 32 is Q4_0.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelyard.compression.calibration import input_ranges
+from modelyard.compression.calibration import input_moments, input_ranges
+from modelyard.compression.gptq import gptq
 from modelyard.compression.recipe import Quantize
 from modelyard.compression.recovery import recover
 from modelyard.compression.workspace import Workspace, copy_beside, matching, require_plain, with_compact
 from modelyard.errors import ConfigError
-from modelyard.tasks import read_task
+from modelyard.tasks import Task, read_task
 from modelyard.tasks.compact import Compact, StoredLayer, pack_int4
-from modelyard.tasks.rounding import quantize_weight
+from modelyard.tasks.rounding import Codes, quantize_weight
 from modelyard.tasks.saving import TASK_FILE
 
 if TYPE_CHECKING:
@@ -51,12 +53,13 @@ def quantize(work: Workspace, step: Quantize) -> Workspace:
             scales |= _input_scale(name, stored[name], low, high)
     folder = work.new_folder("quantized")
     compact = Compact(quantized=stored)
-    state = _state(model, layers, stored) | scales
+    state = _state(model, layers, stored, _codes(work, step, task, model, layers, stored)) | scales
     is_table_shared = output is not None and any(output.weight is m.weight for m in layers.values() if m is not output)
     linear = {n for n, m in model.named_modules() if _is_linear(m) and not (is_table_shared and m is output)}
     write_compact(folder, work.folder, state, compact, linear, model)
     bits = {"int8": 8, "int4": 4, "fp8": 8}[step.codes]
-    return work.moved(folder, f"{len(stored)} layers in {bits} bits, {step.granularity} scales")
+    by = ", gptq" if step.method == "gptq" else ""
+    return work.moved(folder, f"{len(stored)} layers in {bits} bits, {step.granularity} scales{by}")
 
 
 def write_compact(
@@ -182,7 +185,25 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _state(model: nn.Module, layers: Mapping[str, Any], stored: Mapping[str, StoredLayer]) -> dict[str, Tensor]:
+def _codes(
+    work: Workspace,
+    step: Quantize,
+    task: Task,
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    stored: Mapping[str, StoredLayer],
+) -> Mapping[str, Codes]:
+    """The codes of layers that are not simply rounded to the nearest."""
+    if step.method == "nearest":
+        return {}
+    linear = [name for name, module in layers.items() if _is_linear(module)]
+    moments = input_moments(task, model, linear, work.calibration_batches(step.calibration_rows))
+    return {name: gptq(layers[name].weight, moments.pop(name), stored[name]) for name in linear}
+
+
+def _state(
+    model: nn.Module, layers: Mapping[str, Any], stored: Mapping[str, StoredLayer], codes: Mapping[str, Codes]
+) -> dict[str, Tensor]:
     """All tensors as they are saved."""
     import torch
 
@@ -190,7 +211,8 @@ def _state(model: nn.Module, layers: Mapping[str, Any], stored: Mapping[str, Sto
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     for name, module in layers.items():
         layer = stored[name]
-        result = quantize_weight(state.pop(f"{name}.weight"), layer)
+        weight = state.pop(f"{name}.weight")
+        result = codes[name] if name in codes else quantize_weight(weight, layer)
         if layer.codes == "int4":
             state[f"{name}.weight_packed"] = pack_int4(result.codes.reshape(result.codes.shape[0], -1))
             state[f"{name}.weight_shape"] = torch.tensor(module.weight.shape)

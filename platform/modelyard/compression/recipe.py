@@ -37,6 +37,9 @@ class Quantize(Config):
     kind: Literal["quantize"] = "quantize"
     codes: Literal["int8", "int4", "fp8"] = "int8"
     """`fp8` (e4m3) needs a GPU of compute capability 8.9 to gain speed."""
+    method: Literal["nearest", "gptq"] = "nearest"
+    """Round each weight to the nearest code, or let those after it make its error good on calibration rows (Frantar et
+    al. 2023; linear layers)."""
     symmetric: bool = True
     """Whether 0 is the middle of the codes; otherwise a zero point per scale."""
     granularity: Literal["tensor", "channel", "group"] = "channel"
@@ -51,7 +54,7 @@ class Quantize(Config):
     skip: tuple[str, ...] = ()
     """Layers to leave as they are, by glob, e.g. `["*.down_proj", "lm_head"]`."""
     calibration_rows: Positive = 64
-    """Rows of the train split for static scales."""
+    """Rows of the calibration split for static scales and for gptq."""
     percentile: float = Field(default=100.0, gt=90, le=100)
     """Share of the inputs, in percent, that a static scale must hold; the rest is clipped."""
     training: Recovery | None = None
@@ -63,6 +66,8 @@ class Quantize(Config):
             raise ValueError("codes fp8 are symmetric, per tensor or channel")
         if self.codes == "int4" and self.activations != "none":
             raise ValueError("codes int4 are for weights only: set activations to none")
+        if self.codes == "fp8" and self.method != "nearest":
+            raise ValueError("method gptq is for int8 and int4")
         if self.codes == "fp8" and self.training is not None:
             raise ValueError("quantization-aware training is for int8 and int4")
         return self
@@ -74,7 +79,8 @@ class Prune(Config):
     kind: Literal["prune"] = "prune"
     criterion: Literal["l1", "movement", "wanda"] = "l1"
     """`l1`: the smallest weights (the same order as by squares). `wanda`: smallest |weight| x norm of its input (Sun et
-    al. 2023). `movement`: those that training moves most towards zero (Sanh et al. 2020); needs `training`."""
+    al. 2023). `movement`: those that training moves most towards zero, learned within one `training` in which the share
+    of zeros rises on a cubic curve (Sanh et al. 2020)."""
     sparsity: Share = 0.5
     """Share of zeros in each pruned layer."""
     pattern: Literal["unstructured", "2:4"] = "unstructured"
@@ -91,8 +97,13 @@ class Prune(Config):
     def _combinations(self) -> Self:
         if self.pattern == "2:4" and (self.sparsity != 0.5 or self.rounds != 1):
             raise ValueError("pattern 2:4 is a sparsity of 0.5 in one round")
-        if self.criterion == "movement" and self.training is None:
-            raise ValueError("criterion movement looks at what training does: give `training`")
+        if self.criterion == "movement":
+            if self.training is None:
+                raise ValueError("criterion movement looks at what training does: give `training`")
+            if self.rounds > 1:
+                raise ValueError("criterion movement prunes within one training: leave rounds out")
+            if self.training.optimizer.kind == "muon" or self.training.precision != "fp32":
+                raise ValueError("criterion movement adds up small steps: use adamw, adam or sgd, and precision fp32")
         if self.rounds > 1 and self.training is None:
             raise ValueError(f"rounds={self.rounds} without `training` is the same as one round")
         return self
@@ -171,9 +182,10 @@ class Export(Config):
     kind: Literal["export"] = "export"
     format: Literal["onnx", "openvino", "gguf", "torch_export"]
     """ONNX Runtime, OpenVINO IR, GGUF of llama.cpp, or a `torch.export` program."""
-    quantize: Literal["none", "int8_dynamic", "int8_static", "int4"] = "none"
-    """The runtime's own quantization. `onnx`: int8_dynamic, int8_static. `openvino`: int8_static (classifiers) and int4
-    (language models). A GGUF file follows the weights: 8 bits, or 4 where they have 4."""
+    quantize: Literal["none", "int8_dynamic", "int8_static", "int4", "int4_awq"] = "none"
+    """The runtime's own quantization. `onnx`: int8_dynamic, int8_static. `openvino`: int8_static (classifiers of images
+    and texts), and for language models int4, or int4_awq by calibration rows (Lin et al. 2024). A GGUF file follows the
+    weights: 8 bits, or 4 where they have 4."""
     calibration_rows: Positive = 128
     verify_rows: Positive = 4
     """Rows of the held-out split on which the two are compared."""
@@ -186,7 +198,7 @@ class Export(Config):
     def _known_combination(self) -> Self:
         allowed = {
             "onnx": ("none", "int8_dynamic", "int8_static"),
-            "openvino": ("none", "int8_static", "int4"),
+            "openvino": ("none", "int8_static", "int4", "int4_awq"),
             "gguf": ("none",),
             "torch_export": ("none",),
         }[self.format]
@@ -217,7 +229,7 @@ class Measuring(Config):
     new_tokens: Positive = 32
     """Language models: tokens generated after each."""
     repeats: Positive = 3
-    """Prompts, or rounds of single images."""
+    """Prompts, or rounds of single images or texts."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for the figures of one model."""
 
@@ -228,13 +240,13 @@ class Limits(Config):
     max_perplexity_increase: float | None = Field(default=None, ge=0)
     """E.g. 0.02: at most 2 % above the source's."""
     max_accuracy_drop: float | None = Field(default=None, ge=0)
-    """In points of 1, e.g. 0.005."""
+    """Of accuracy, or of the F1 score that texts are judged by; in points of 1, e.g. 0.005."""
     min_size_ratio: float | None = Field(default=None, gt=0)
     """How many times smaller it must be."""
     min_speedup: float | None = Field(default=None, gt=0)
-    """Tokens (or images) per CPU-second over the source's."""
+    """Tokens (or images, or texts) per CPU-second over the source's."""
     max_p99_ms: float | None = Field(default=None, gt=0)
-    """Latency of a token (or an image)."""
+    """Latency of a token (or an image, or a text)."""
     max_peak_memory_mib: float | None = Field(default=None, gt=0)
 
 

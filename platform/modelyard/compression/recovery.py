@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from modelyard.artifacts import Parent, Registry
 from modelyard.artifacts.manifest import MANIFEST_NAME
 from modelyard.compression.recipe import Distill, Recovery, Train
+from modelyard.compression.teaching import teaching
 from modelyard.compression.workspace import Workspace, copy_beside, require_plain
 from modelyard.tasks import read_task
 from modelyard.tasks.compact import StoredLayer
+from modelyard.tasks.movement import Movement
 from modelyard.tasks.refined import Refined
 from modelyard.tasks.saving import write_task
+
+if TYPE_CHECKING:
+    from modelyard.training import Run
+    from modelyard.training.config import TrainConfig
 
 
 def distill(work: Workspace, step: Distill) -> Workspace:
@@ -32,6 +40,7 @@ def recover(
     *,
     keep_zeros: bool = False,
     rounded: Mapping[str, StoredLayer] | None = None,
+    movement: Movement | None = None,
 ) -> Workspace:
     """Train the model as it is now, of whatever shapes, and go on with the result.
 
@@ -43,22 +52,32 @@ def recover(
         InputError: the cluster cannot hold them, or the dataset does not fit.
     """
     from modelyard.training import train as run_training
-    from modelyard.training.config import TrainConfig
 
     registry = Registry.from_settings()
     name = f"{work.name}-steps"
     start = _registered(work, registry, name)
     distillation = recovery.distillation
-    if distillation is not None and distillation.teacher is None:
+    if distillation is not None and distillation.teacher is None and distillation.gateway is None:
         distillation = distillation.with_changes(teacher=work.source.reference)
-    task = Refined(
-        task=work.task,
-        start=start,
-        keep_zeros=keep_zeros,
-        rounded=dict(rounded or {}),
-        distillation=distillation,
-    )
-    config = TrainConfig.model_validate(
+    with ExitStack() as stack:
+        if distillation is not None:
+            distillation = stack.enter_context(teaching(distillation, registry, f"{name}-teacher", recovery.workers))
+        task = Refined(
+            task=work.task,
+            start=start,
+            keep_zeros=keep_zeros,
+            rounded=dict(rounded or {}),
+            movement=movement,
+            distillation=distillation,
+        )
+        run = run_training(_config(work, recovery, name, task))
+    return _taken(work, registry, run)
+
+
+def _config(work: Workspace, recovery: Recovery, name: str, task: Refined) -> TrainConfig:
+    from modelyard.training.config import TrainConfig
+
+    return TrainConfig.model_validate(
         {
             "name": name,
             "dataset": work.dataset_version.reference,
@@ -78,7 +97,10 @@ def recover(
             "validation": {"max_rows": 64, "final_split": "validation"},
         }
     )
-    run = run_training(config)
+
+
+def _taken(work: Workspace, registry: Registry, run: Run) -> Workspace:
+    """The model of a run, as the result of a step."""
     trained = registry.open(run.model, kind="model")[1]
     folder = work.new_folder("trained")
     for path in sorted(trained.iterdir()):

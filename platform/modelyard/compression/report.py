@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ class Report:
     """The source in eager fp32 PyTorch."""
     after: Figures
     """The result on the recipe's target."""
-    unit: Literal["token", "image"]
+    unit: Literal["token", "image", "text"]
+    """What is timed."""
+    remarks: tuple[str, ...] = ()
+    """What a reader of the figures must know."""
 
     @property
     def size_ratio(self) -> float:
@@ -61,7 +65,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"before": asdict(self.before), "after": asdict(self.after), "objective": self.objective[0]}
+        figures = {"before": asdict(self.before), "after": asdict(self.after)}
+        return {**figures, "objective": self.objective[0], "remarks": list(self.remarks)}
 
     def lines(self) -> list[str]:
         """The table."""
@@ -86,10 +91,11 @@ class Report:
         ]
         head = ("", f"before ({b.engine} fp32)", f"after ({a.engine})", "")
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(4)]
-        return [
+        table = [
             f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
             for row in [head, *rows]
         ]
+        return [*table, *(f"note       {remark}" for remark in self.remarks)]
 
     def _speed_rows(self) -> list[tuple[str, str, str, str]]:
         b, a = self.before, self.after
@@ -165,7 +171,8 @@ def draw(report: Report, path: Path, title: str) -> Path:
     for index, label in enumerate(labels):
         axes.text(shares[index], index, f"  {parts[label][1]}", va="center", fontsize=9)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set(xlabel=f"share of the source ({b.engine} fp32); after on {a.engine}", title=title)
+    below = [f"share of the source ({b.engine} fp32); after on {a.engine}", *report.remarks]
+    axes.set(xlabel="\n".join(textwrap.fill(line, 90) for line in below), title=title)
     axes.set_xlim(0, 1.45 * max(1.0, *shares))
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

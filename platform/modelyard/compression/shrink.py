@@ -62,6 +62,8 @@ def _once(work: Workspace, step: Shrink) -> Workspace:
             _drop_heads(work, task, model, step)
         if step.mlp:
             _drop_channels(work, task, model, step)
+    elif _encoder_layers(model):
+        _shrink_encoder(work, task, model, step)
     else:
         raise ConfigError(f"steps.shrink: a model of the task {task.kind} has no parts that are known", "use prune")
     after = _count(model)
@@ -79,7 +81,7 @@ def _require_llama(model: Any) -> None:
     if missing := sorted((needed | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}) - names):
         raise ConfigError(
             f"steps.shrink: layers of {type(model).__name__} have no {missing[0]}",
-            "models in the style of Llama can be shrunk; use prune or distill for others",
+            "models in the style of Llama or BERT can be shrunk; use prune or distill for others",
         )
 
 
@@ -136,6 +138,42 @@ def _drop_heads(work: Workspace, task: Task, model: Any, step: Shrink) -> None:
         _keep_columns(attention.o_proj, wide)
     config.head_dim = size
     config.num_attention_heads, config.num_key_value_heads = kept_groups * per_group, kept_groups
+
+
+def _encoder_layers(model: Any) -> str:
+    """Name of the list of layers of an encoder in the style of BERT; empty for another model."""
+    name = f"{getattr(model, 'base_model_prefix', '')}.encoder.layer"
+    modules = dict(model.named_modules())
+    needed = (f"{name}.0.intermediate.dense", f"{name}.0.output.dense")
+    return name if all(each in modules for each in needed) else ""
+
+
+def _shrink_encoder(work: Workspace, task: Task, model: Any, step: Shrink) -> None:
+    """Layers, and the hidden channels of each feed-forward part: rows of its first matrix, columns of its second."""
+    if step.heads:
+        raise ConfigError(
+            f"steps.shrink.heads: {type(model).__name__} has as many heads as its width asks for",
+            "give mlp or layers",
+        )
+    place = _encoder_layers(model)
+    layers = model.get_submodule(place)
+    if step.layers:
+        if step.layers >= len(layers):
+            raise ConfigError(f"steps.shrink.layers={step.layers}, the model has {len(layers)}", "leave at least one")
+        names = [f"{place}.{index}" for index in range(len(layers))]
+        worth = layer_influence(task, model, names, work.calibration_batches(step.calibration_rows))
+        for index in sorted(sorted(range(len(names)), key=lambda i: worth[names[i]])[: step.layers], reverse=True):
+            del layers[index]
+        model.config.num_hidden_layers = len(layers)
+    if step.mlp:
+        width = _kept(model.config.intermediate_size, step.mlp)
+        names = [f"{place}.{index}.output.dense" for index in range(len(layers))]
+        columns = _column_worth(work, task, model, names, step)
+        for name, layer in zip(names, layers, strict=True):
+            keep = columns[name].topk(width).indices.sort().values
+            _keep_rows(layer.intermediate.dense, keep)
+            _keep_columns(layer.output.dense, keep)
+        model.config.intermediate_size = width
 
 
 def _column_worth(work: Workspace, task: Task, model: Any, names: list[str], step: Shrink) -> dict[str, Tensor]:

@@ -12,20 +12,16 @@ from pydantic import Field, SerializeAsAny, TypeAdapter, field_validator
 from modelyard.errors import ConfigError
 from modelyard.tasks.base import Objective, Task
 from modelyard.tasks.compact import StoredLayer
-from modelyard.tasks.distillation import (
-    Distillation,
-    HiddenStates,
-    divergence,
-    hidden_difference,
-    hidden_width,
-)
+from modelyard.tasks.distillation import Distillation, HiddenStates, hidden_difference, hidden_width
+from modelyard.tasks.movement import Movement, learn_masks, masked_state
+from modelyard.tasks.teachers import Teacher, scores_of, teacher_of, write
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
 
     from modelyard.data.dataset import DatasetInfo
 
-_TOKENS = "input_ids"
+_TOKENS, _TAGS, _IGNORED = "input_ids", "tags", -100
 _PROJECTION = "distillation_projection"
 
 
@@ -41,6 +37,8 @@ class Refined(Task):
     """Weights that are exactly zero at the start stay zero."""
     rounded: dict[str, StoredLayer] = {}
     """Layers that compute with rounded weights while they are trained, and how."""
+    movement: Movement | None = None
+    """Layers whose weights are pruned while they are trained."""
     distillation: Distillation | None = None
 
     @field_validator("task", mode="before")
@@ -60,24 +58,36 @@ class Refined(Task):
         distillation = self.distillation
         if distillation is None:
             return
-        if distillation.teacher is None:
+        if distillation.teacher is None and not distillation.is_remote:
             raise ConfigError("distillation.teacher: required, but not given", "name a model, models:/...")
+        if distillation.service is not None and distillation.service.application is None:
+            raise ConfigError("distillation.service.application: required, but not given", "name the teacher's")
+        if distillation.gateway is not None and info.format != "tokens":
+            raise ConfigError(
+                f"distillation.gateway tells the probabilities of tokens, the dataset holds {info.format}",
+                "use service, or a teacher in the worker",
+            )
         if (distillation.student_text or distillation.teacher_text) and info.format != "tokens":
             raise ConfigError(
                 f"distillation: student_text and teacher_text are for language models, the dataset holds {info.format}"
             )
 
     def bases(self) -> tuple[str, ...]:
-        names = [self.start, (self.distillation and self.distillation.teacher) or ""]
+        names = [self.start, self._own_teacher() or ""]
         return tuple(dict.fromkeys(name for name in names if name.startswith("models:/")))
 
     def with_bases(self, folders: Mapping[str, Path]) -> Refined:
         local = {name: str(folder) for name, folder in folders.items()}
         changes: dict[str, Any] = {"start": local.get(self.start, self.start)}
-        if self.distillation is not None and self.distillation.teacher is not None:
-            teacher = self.distillation.teacher
+        if self.distillation is not None and (teacher := self._own_teacher()) is not None:
             changes["distillation"] = {**self.distillation.model_dump(), "teacher": local.get(teacher, teacher)}
         return self.with_changes(**changes)
+
+    def _own_teacher(self) -> str | None:
+        """The teacher that each worker loads."""
+        if self.distillation is None or self.distillation.is_remote:
+            return None
+        return self.distillation.teacher
 
     def build(self, info: DatasetInfo, dataset_folder: Path | None) -> nn.Module:
         from modelyard.tasks import load_model
@@ -89,10 +99,13 @@ class Refined(Task):
             model.row_tokens = info.block_tokens
         if self.keep_zeros:
             _keep_zeros(model)
+        model.own_flops = self.task.flops_per_row(model)
         train_rounded(model, self.rounded)
+        if self.movement is not None:
+            learn_masks(model, self.movement)
         if self.distillation is not None:
-            assert self.distillation.teacher is not None
-            teacher = load_model(Path(self.distillation.teacher))[1].float().eval().requires_grad_(False)
+            tokenizer = dataset_folder / info.tokenizer if dataset_folder is not None and info.tokenizer else None
+            teacher = teacher_of(self.distillation, tokenizer)
             object.__setattr__(model, "lesson", _Lesson(model, teacher, self.distillation))  # not a part of the model
         result: nn.Module = model
         return result
@@ -116,8 +129,9 @@ class Refined(Task):
         return self.task.metrics(stats)
 
     def flops_per_row(self, model: nn.Module) -> float:
-        """Those of the student alone."""
-        return self.task.flops_per_row(model)
+        """Those of the student alone, without what helps it to learn."""
+        own: float | None = getattr(model, "own_flops", None)
+        return self.task.flops_per_row(model) if own is None else own
 
     def save(
         self,
@@ -128,9 +142,10 @@ class Refined(Task):
     ) -> None:
         """A folder of the model's own task."""
         full = model.state_dict() if state is None else state
-        self.task.save(
-            model, folder, dataset_folder, {name: t for name, t in full.items() if not name.startswith(_PROJECTION)}
-        )
+        own = {name: tensor for name, tensor in full.items() if not name.startswith(_PROJECTION)}
+        if self.movement is not None:
+            own = masked_state(own, self.movement)
+        self.task.save(model, folder, dataset_folder, own)
 
     def load(self, folder: Path, info: DatasetInfo) -> nn.Module:
         return self.task.load(folder, info)
@@ -143,70 +158,72 @@ class Refined(Task):
 
 
 class _Lesson:
-    """A teacher beside the student on one worker."""
+    """A student and its teacher on one worker."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, config: Distillation) -> None:
+    def __init__(self, student: nn.Module, teacher: Teacher, config: Distillation) -> None:
         from torch import nn
+
+        from modelyard.tasks.teachers import LocalTeacher
 
         self._config = config
         self._teacher = teacher
         if not config.hidden:
             return
-        self._student_states, self._teacher_states = HiddenStates(student), HiddenStates(teacher)
-        widths = hidden_width(student), hidden_width(teacher)
+        assert isinstance(teacher, LocalTeacher)
+        self._student_states = HiddenStates(student)
+        widths = hidden_width(student), hidden_width(teacher.model)
         if widths[0] != widths[1]:
             student.add_module(_PROJECTION, nn.Linear(*widths, bias=False))
 
     def loss(self, task: Task, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Loss of each row (B,): the task's own, the divergence, and the hidden states' difference."""
-        import torch
-
         config = self._config
-        tokens = next(iter(batch.values()))
-        self._teacher.to(tokens.device)
-        batch, begin = self._written(getattr(model, "module", model), batch)
+        batch, writer, begin = self._written(getattr(model, "module", model), batch)
         heard = _Recorder(model)
         own_b = task.loss(heard, batch)  # type: ignore[arg-type]
-        with torch.no_grad():
-            aim = _scores(self._teacher(*heard.inputs, **heard.options))
-        each = divergence(_until_last(heard.scores, batch), _until_last(aim, batch), config)
-        if each.ndim == 2:
-            each = each[:, begin:].mean(dim=1)
-        loss_b = config.weight * each + (1 - config.weight) * own_b
+        weight = 1.0 if writer == "student" else config.weight
+        loss_b = (1 - weight) * own_b
+        if weight or config.hidden:
+            judged = _judged(task, batch, begin)
+            loss_b = loss_b + weight * self._teacher.judge(heard.scores, heard.inputs, heard.options, judged)
         if config.hidden:
             project = getattr(getattr(model, "module", model), _PROJECTION, None)
             loss_b = loss_b + config.hidden * hidden_difference(
-                self._student_states.states, self._teacher_states.states, project
+                self._student_states.states, self._teacher.states, project
             )
         return loss_b
 
-    def _written(self, student: Any, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], int]:
+    def _written(
+        self, student: Any, batch: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], Literal["data", "student", "teacher"], int]:
         """The batch, its second half perhaps written by the student or the teacher; and where the lesson begins."""
         import torch
 
         config = self._config
+        if not (config.student_text or config.teacher_text):
+            return batch, "data", 0
         draw = float(torch.rand(()))  # seeded by step and worker
-        if _TOKENS not in batch or draw >= config.student_text + config.teacher_text:
-            return batch, 0
-        writer: Any = student if draw < config.student_text else self._teacher
+        if draw >= config.student_text + config.teacher_text:
+            return batch, "data", 0
         tokens_BT = batch[_TOKENS]
         half = tokens_BT.shape[1] // 2
-        training = writer.training
-        writer.eval()
-        with torch.no_grad():
-            prompt = tokens_BT[:, :half]
-            written = writer.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=tokens_BT.shape[1] - half,
-                min_new_tokens=tokens_BT.shape[1] - half,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                pad_token_id=0,
-            )
-        writer.train(training)
-        return {**batch, _TOKENS: written}, half - 1
+        prompt_BT, tokens = tokens_BT[:, :half], tokens_BT.shape[1] - half
+        if draw < config.student_text:
+            return {**batch, _TOKENS: write(student, prompt_BT, tokens)}, "student", half - 1
+        return {**batch, _TOKENS: self._teacher.write(prompt_BT, tokens)}, "teacher", half - 1
+
+
+def _judged(task: Task, batch: Mapping[str, Tensor], begin: int) -> Tensor | None:
+    """The places (B, T) of texts whose scores are compared, bool; None where a row has one answer."""
+    import torch
+
+    if task.kind == "token_classification":
+        return batch[_TAGS] != _IGNORED
+    if task.kind != "causal_lm":
+        return None
+    judged_BT = torch.zeros_like(batch[_TOKENS], dtype=torch.bool)
+    judged_BT[:, begin:-1] = True  # no data judges what follows the last token
+    return judged_BT
 
 
 class _Recorder:
@@ -220,23 +237,13 @@ class _Recorder:
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         self.inputs, self.options = inputs, options
         output = self._model(*inputs, **options)
-        self.scores = _scores(output)
+        self.scores = scores_of(output)
         if hasattr(output, "logits"):
             output.logits = output.logits.clone()
         return output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-def _scores(output: Any) -> Tensor:
-    scores: Tensor = output.logits if hasattr(output, "logits") else output
-    return scores
-
-
-def _until_last(scores: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Without the last token's scores (B, T, C) of a text, which no data judges."""
-    return scores[:, :-1] if scores.ndim == 3 and _TOKENS in batch else scores
 
 
 def _keep_zeros(model: nn.Module) -> None:

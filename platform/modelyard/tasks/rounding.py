@@ -45,7 +45,7 @@ def quantize_weight(weight: Tensor, layer: StoredLayer) -> Codes:
         return Codes(codes.reshape(weight.shape), scale if scale.numel() > 1 else scale.reshape(1), None)
     size = {"tensor": flat.shape[1], "channel": flat.shape[1], "group": layer.group_size or 1}[layer.granularity]
     block = (rows if layer.granularity == "tensor" else 1, size)
-    low, high = _RANGES[layer.codes] if layer.symmetric else ((-128, 127) if layer.codes == "int8" else (-8, 7))
+    low, high = code_range(layer)
     kind = primitives.MappingType.SYMMETRIC if layer.symmetric else primitives.MappingType.ASYMMETRIC
     scale, zero_point = primitives.choose_qparams_affine(
         flat, kind, block, torch.int8, low, high, eps=_TINY, scale_dtype=torch.float32, zero_point_dtype=torch.int32
@@ -58,6 +58,11 @@ def quantize_weight(weight: Tensor, layer: StoredLayer) -> Codes:
     shape = (1,) if layer.granularity == "tensor" else (rows, flat.shape[1] // size)
     point = None if layer.symmetric else zero_point.to(torch.int8).reshape(shape)
     return Codes(codes.reshape(weight.shape), scale.reshape(shape), point)
+
+
+def code_range(layer: StoredLayer) -> tuple[int, int]:
+    """Least and greatest integer code."""
+    return _RANGES[layer.codes] if layer.symmetric or layer.codes == "int4" else (-128, 127)
 
 
 def _signed_scale(flat: Tensor, block: tuple[int, int]) -> Tensor:
