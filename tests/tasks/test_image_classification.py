@@ -14,6 +14,7 @@ from torch.nn import functional
 from modelyard.data.dataset import Column, Dataset
 from modelyard.errors import ConfigError, DataError, InputError, IntegrityError
 from modelyard.tasks import ImageClassification, load_model
+from modelyard.tasks.image_models import jittered
 
 from .conftest import images_info
 
@@ -74,6 +75,20 @@ def test_a_row_counts_the_same_in_any_batch_even_while_training() -> None:
     whole = task.loss(model, task.collate(rows, "cpu"))
     parts = [task.loss(model, task.collate({k: v[i : i + 2] for k, v in rows.items()}, "cpu")) for i in (0, 2, 4)]
     torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_jitter_moves_images_in_training_alone() -> None:
+    task = ImageClassification(jitter=0.2, dropout=0.0)
+    model = build(task)
+    rows = {"pixels": digits()[0][:4], "label": digits()[1][:4]}
+    batch = task.collate(rows, "cpu")
+    plain = ImageClassification(dropout=0.0).loss(model, batch)
+    assert not torch.allclose(task.loss(model.train(), batch), plain)
+    assert torch.equal(task.loss(model.eval(), batch), ImageClassification().loss(model, batch))
+    torch.testing.assert_close(jittered(batch["pixels"], 0.0), batch["pixels"].float())
+    moved = jittered(batch["pixels"].repeat(64, 1, 1, 1), 0.2)
+    assert moved.shape == (256, 1, 8, 8)
+    assert 0 <= float(moved.min()) <= float(moved.max()) <= 16
 
 
 def test_loss_is_the_negative_log_probability_of_the_label() -> None:

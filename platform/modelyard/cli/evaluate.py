@@ -13,6 +13,9 @@ from modelyard.cli.options import config_options
 if TYPE_CHECKING:
     from modelyard.training.evaluation import EvaluateConfig, EvaluationResult
 
+_TITLES = {"f1": "F1", "iou": "IoU", "ap": "AP", "ap_50": "AP@.5"}
+"""How a column of the table of classes is headed; the others by their names."""
+
 
 def _config_type() -> type[EvaluateConfig]:
     from modelyard.training.evaluation import EvaluateConfig
@@ -65,9 +68,9 @@ def report(result: EvaluationResult) -> list[str]:
         lines.append(f"{name:<16}{value:>12.4f}   {low:.4f} .. {high:.4f}")
     if result.classes:
         width = max(12, *(len(row.name) + 2 for row in result.classes))
-        lines += ["", f"{'class':<{width}}{'precision':>10}{'recall':>10}{'F1':>10}{'support':>10}"]
+        titles = [_TITLES.get(field, field) for field in result.classes[0].score._fields]
+        lines += ["", f"{'class':<{width}}" + "".join(f"{title:>10}" for title in titles)]
         for name, score in result.classes:
-            lines.append(
-                f"{name:<{width}}{score.precision:>10.4f}{score.recall:>10.4f}{score.f1:>10.4f}{score.support:>10}"
-            )
+            shown = (f"{value:>10}" if isinstance(value, int) else f"{value:>10.4f}" for value in score)
+            lines.append(f"{name:<{width}}" + "".join(shown))
     return lines

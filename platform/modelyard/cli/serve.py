@@ -177,7 +177,7 @@ def _say_how_to_call(config: ServingConfig) -> None:
     """A key (a new one, for this laptop) and a line to paste."""
     if config.gateway is None:
         return
-    url = f"http://{config.host}:{config.port}"
+    url = f"{'https' if config.certificate else 'http'}://{config.host}:{config.port}"
     key = ""
     if not config.gateway.settings.open_access:
         from modelyard.security import KeyStore

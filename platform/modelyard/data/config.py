@@ -172,6 +172,60 @@ class Interactions(Config):
     """Column to sort a user's interactions by; ties stay in the order of the file."""
 
 
+class BoxedImages(Config):
+    """JSON Lines files that name images and the boxes in them: `{"image": "a.png", "boxes": [[x0, y0, x1, y1], ...],
+    "labels": ["cat", ...]}`, in pixels, x1 and y1 excluded.
+    """
+
+    kind: Literal["boxes"] = "boxes"
+    paths: Paths
+    """Files, folders (`*.jsonl`) or globs; local or `s3://`. Images are named from the folder of the file."""
+    image_column: str = "image"
+    boxes_column: str = "boxes"
+    labels_column: str = "labels"
+    """Class of each box."""
+    split_column: str | None = None
+    """Key that says which split a row belongs to; None: by a hash of its content."""
+
+
+class CocoImages(Config):
+    """Images with boxes in the format of COCO (Lin et al. 2014); crowds are left out."""
+
+    kind: Literal["coco"] = "coco"
+    path: str
+    """The JSON file with `images`, `annotations` and `categories`; local or `s3://`."""
+    images: str
+    """Folder of the images."""
+
+
+class MaskedImages(Config):
+    """A folder of images, and one of masks of the same names (PNG): each pixel of a mask is a class number."""
+
+    kind: Literal["masks"] = "masks"
+    images: str
+    """Folder of the images; local or `s3://`."""
+    masks: str
+    """Folder of the masks: grey or palette images without loss."""
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
+    """Name of each class number, from 0."""
+    ignored: int | None = Field(default=255, ge=0, le=255)
+    """Number of the pixels that do not count; None: all count."""
+    split_folders: bool = False
+    """Whether the first folder below `images` (and `masks`) names the split."""
+
+
+class Recordings(Config):
+    """JSON Lines files that name WAV files and say what is spoken: `{"audio": "a.wav", "text": "four two"}`."""
+
+    kind: Literal["speech"] = "speech"
+    paths: Paths
+    """Files, folders (`*.jsonl`) or globs; local or `s3://`. WAV files are named from the folder of the file."""
+    audio_column: str = "audio"
+    text_column: str = "text"
+    split_column: str | None = None
+    """Key that says which split a row belongs to; None: by a hash of its content."""
+
+
 TextSource = PyDocs | TextFiles | JsonLines | Parquet | Chats
 ImageSource = SklearnDigits | ImageFolder | ImageParquet
 SourceConfig = Annotated[
@@ -188,7 +242,11 @@ SourceConfig = Annotated[
     | LabelledText
     | TaggedText
     | Series
-    | Interactions,
+    | Interactions
+    | BoxedImages
+    | CocoImages
+    | MaskedImages
+    | Recordings,
     Field(discriminator="kind"),
 ]
 _SECTIONS = {
@@ -201,6 +259,10 @@ _SECTIONS = {
     "tagged_text": "sentences",
     "series": "windows",
     "interactions": "histories",
+    "boxes": "boxes",
+    "coco": "boxes",
+    "masks": "masks",
+    "speech": "speech",
 }
 """Which section of a preparation goes with a source's kind; `text` with all the others."""
 
@@ -297,6 +359,33 @@ class ImageConfig(Config):
         return self
 
 
+class BoxConfig(ImageConfig):
+    """How images with boxes become rows. A resized image takes its boxes along."""
+
+    channels: Literal[1, 3] = 3
+    max_boxes: int = Field(default=50, ge=1, le=1000)
+    """Boxes in one image at most; an image with more is refused."""
+
+
+class MaskConfig(ImageConfig):
+    """How images with masks become rows. A mask is resized without mixing classes."""
+
+    channels: Literal[1, 3] = 3
+
+
+class SpeechConfig(Config):
+    """How recordings become rows."""
+
+    sample_rate: int = Field(default=16000, ge=4000, le=48000)
+    """Samples per second; recordings with another rate are resampled."""
+    max_seconds: float = Field(default=10.0, gt=0, le=60)
+    """Longer recordings are refused."""
+    max_characters: int = Field(default=200, ge=1, le=4096)
+    """Longer texts are refused."""
+    lower_case: bool = True
+    """Whether capitals become small letters."""
+
+
 class NumberConfig(Config):
     """How rows of numbers are kept: as they are."""
 
@@ -368,6 +457,12 @@ class PrepareConfig(Config):
     """For `series`; needed there."""
     histories: HistoryConfig | None = None
     """For `interactions`; the defaults when left out."""
+    boxes: BoxConfig | None = None
+    """For `boxes` and `coco`; the defaults when left out."""
+    masks: MaskConfig | None = None
+    """For `masks`; the defaults when left out."""
+    speech: SpeechConfig | None = None
+    """For `speech`; the defaults when left out."""
 
     @model_validator(mode="before")
     @classmethod

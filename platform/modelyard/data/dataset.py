@@ -11,6 +11,11 @@ The formats, by what a row is (T is `block_tokens`):
   of the seasonal-naive forecast within the train split (Hyndman and Koehler 2006).
 - `interactions`: `history` `(L,)`, int32, item numbers plus 1, padded in front with 0; `target`, int32, the item
   number plus 1 that came next; and `popularity_rank`, int32, the target's place among the items not in the history.
+- `boxes`: `pixels` as for `images`; `boxes`, float32, `(max_boxes, 4)`, centre x, centre y, width and height as shares
+  of the image; and `labels`, int16, `(max_boxes,)`, padded at the end with -1.
+- `masks`: `pixels` as for `images`, and `mask`, uint8, `(height, width)`, class numbers, 255 where none counts.
+- `speech`: `samples`, int16, `(N,)` padded at the end, `length`, int32, the samples that count, and `text`, int16,
+  character numbers padded at the end with -1.
 """
 
 from __future__ import annotations
@@ -38,7 +43,18 @@ TOKENIZER_FOLDER = "tokenizer"
 class DatasetInfo(Config):
     """What a dataset holds; stored in it as `dataset.json`."""
 
-    format: Literal["tokens", "images", "numbers", "labelled_text", "tagged_text", "series", "interactions"]
+    format: Literal[
+        "tokens",
+        "images",
+        "numbers",
+        "labelled_text",
+        "tagged_text",
+        "series",
+        "interactions",
+        "boxes",
+        "masks",
+        "speech",
+    ]
     """What a row is; see the head of this module."""
     columns: tuple[Column, ...]
     """The columns of every split."""
@@ -49,13 +65,15 @@ class DatasetInfo(Config):
     block_tokens: int | None = None
     """Tokens per row (text only)."""
     classes: tuple[str, ...] = ()
-    """Name of each label, tag (`O`, `B-NAME`, `I-NAME`) or item."""
+    """Name of each label, tag (`O`, `B-NAME`, `I-NAME`) or item; the characters of transcripts."""
     features: tuple[str, ...] = ()
     """Names of the numbers to predict from (numbers only), or of the series (series only)."""
     targets: tuple[str, ...] = ()
     """Names of the numbers to predict (numbers only)."""
     season: int | None = None
     """Points of time until the pattern repeats (series only)."""
+    sample_rate: int | None = None
+    """Samples per second (speech only)."""
     end_of_text_id: int | None = None
     """Token id that ends each document (text only)."""
     tokenizer: str | None = None

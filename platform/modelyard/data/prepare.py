@@ -110,6 +110,10 @@ def _write(
         from modelyard.data.pictures import prepare_images
 
         info = prepare_images(config, config.images, parts, folder, report, num_blocks)
+    elif config.boxes is not None or config.masks is not None or config.speech is not None:
+        from modelyard.data.examples import prepare_examples
+
+        info = prepare_examples(config, parts, folder, report, num_blocks)
     elif config.sentences is not None:
         from modelyard.data.sentences import prepare_sentences
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,8 @@ def choose(dataset: Any, config: PrepareConfig, similarity: float | None, report
         ModelyardError: what a worker met while it read.
         DataError: nothing is left, or a split is empty.
     """
-    names = ["id", "verdict", "digest", *([] if similarity is None else ["signature"])]
+    said = "split" in (dataset.schema().names or ())
+    names = ["id", "verdict", "digest", *([] if similarity is None else ["signature"]), *(["split"] if said else [])]
     found = list(execution.tables(dataset, names))
     if not found:
         raise DataError("the corpus is empty: it holds no document", "check `source` in the config")
@@ -52,7 +53,8 @@ def choose(dataset: Any, config: PrepareConfig, similarity: float | None, report
     sketches = None
     if similarity is not None:
         sketches = np.concatenate([execution.from_fixed_lists(table["signature"]) for table in found])
-    return decide(ids, verdicts, digests, sketches, similarity or 1.0, config, report)
+    given = [name for table in found for name in table["split"].to_pylist()] if said else None
+    return decide(ids, verdicts, digests, sketches, similarity or 1.0, config, report, given)
 
 
 def decide(
@@ -63,11 +65,15 @@ def decide(
     similarity: float,
     config: PrepareConfig,
     report: OnProgress,
+    given: Sequence[str] | None = None,
 ) -> Chosen:
     """The decision itself: pure, of arrays (n, ...) in the order of ids; of equals and alikes the lowest id stays.
 
+    Args:
+        given: the split that the source itself says, of each item; empty where it leaves it to the content.
+
     Raises:
-        DataError: nothing is left, or a split is empty.
+        DataError: nothing is left, a split is empty, or one is said that the config does not want.
     """
     counts = {"documents": len(ids)}
     counts |= {name: int((verdicts == verdict).sum()) for verdict, name in _DROPPED.items()}
@@ -84,10 +90,23 @@ def decide(
         duplicates["near_duplicates"] = before - len(kept)
     report(finished("deduplicate", **duplicates))
     splits = splitting.assign(digests[kept], config.splits.shares())
+    if given is not None:
+        splits = _as_said(splits, [given[place] for place in kept.tolist()], list(config.splits.shares()))
     sizes = {name: int((splits == code).sum()) for code, name in enumerate(config.splits.shares())}
     report(finished("split", **sizes))
     _check_sizes(sizes, len(kept), config)
     return Chosen(ids[kept], splits, {**counts, **duplicates, "kept": len(kept)})
+
+
+def _as_said(splits: npt.NDArray[np.uint8], given: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.uint8]:
+    unknown = sorted(set(given) - {"", *names})
+    if unknown:
+        raise DataError(
+            f"the source says split {unknown[0]!r}, but the config wants {', '.join(names)}",
+            "give this split a share above 0 in `splits`, or rename it in the source",
+        )
+    said = np.array([names.index(name) if name else 0 for name in given], np.uint8)
+    return np.where(np.array([bool(name) for name in given]), said, splits)
 
 
 def _check_sizes(sizes: Mapping[str, int], kept: int, config: PrepareConfig) -> None:

@@ -13,9 +13,12 @@ from modelyard.tasks.base import Objective, Task
 from modelyard.tasks.causal_lm import CausalLM
 from modelyard.tasks.forecasting import Forecasting
 from modelyard.tasks.image_classification import ImageClassification
+from modelyard.tasks.object_detection import ObjectDetection
 from modelyard.tasks.recommendation import Recommendation
 from modelyard.tasks.refined import Refined
 from modelyard.tasks.regression import Regression
+from modelyard.tasks.semantic_segmentation import SemanticSegmentation
+from modelyard.tasks.speech_recognition import SpeechRecognition
 from modelyard.tasks.text_classification import TextClassification
 from modelyard.tasks.token_classification import TokenClassification
 
@@ -28,10 +31,13 @@ __all__ = [
     "CausalLM",
     "Forecasting",
     "ImageClassification",
+    "ObjectDetection",
     "Objective",
     "Recommendation",
     "Refined",
     "Regression",
+    "SemanticSegmentation",
+    "SpeechRecognition",
     "Task",
     "TaskConfig",
     "TextClassification",
@@ -44,9 +50,12 @@ AnyTask = (
     CausalLM
     | Forecasting
     | ImageClassification
+    | ObjectDetection
     | Recommendation
     | Refined
     | Regression
+    | SemanticSegmentation
+    | SpeechRecognition
     | TextClassification
     | TokenClassification
 )

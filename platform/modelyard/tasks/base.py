@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modelyard.config import Config
 from modelyard.errors import DataError
-from modelyard.tasks.classification_metrics import ClassScore, class_scores
+from modelyard.tasks.classification_metrics import Score, class_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,9 +71,10 @@ class Task(Config, ABC):
 
     @abstractmethod
     def statistics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `metrics` needs of each row: named tensors of shape (B,), float32 or int64, of one length.
+        """What `metrics` needs of each row: named tensors (B, ...), float32 or int64; most are (B,).
 
-        The statistics of a row do not depend on the others in its batch: ranks may split it anyhow.
+        Where a row has several numbers, as one per class, their count is the same in every batch. The statistics of a
+        row do not depend on the others in its batch: ranks may split it anyhow.
         """
 
     def check_saved(self, folder: Path, trained: DatasetInfo, info: DatasetInfo, dataset_folder: Path) -> None:
@@ -97,9 +98,9 @@ class Task(Config, ABC):
 
     @abstractmethod
     def metrics(self, stats: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Metrics of n rows from their gathered statistics, each (n,). Pure numpy; called often."""
+        """Metrics of n rows from their gathered statistics, each (n, ...). Pure numpy; called often."""
 
-    def class_table(self, stats: Mapping[str, np.ndarray], info: DatasetInfo) -> list[tuple[str, ClassScore]]:
+    def class_table(self, stats: Mapping[str, np.ndarray], info: DatasetInfo) -> list[tuple[str, Score]]:
         """The score of each class by name, from the statistics `label` and `prediction`; empty without these."""
         if not {"label", "prediction"} <= set(stats):
             return []

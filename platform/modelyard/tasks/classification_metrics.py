@@ -20,6 +20,32 @@ class ClassScore(NamedTuple):
     """Rows whose label is this class."""
 
 
+class RegionScore(NamedTuple):
+    """How one class of pixels fares; 0 where a score would divide by 0."""
+
+    iou: float
+    """Pixels that are both found and true, as a share of those that are either."""
+    precision: float
+    recall: float
+    support: int
+    """Pixels whose class is this one."""
+
+
+class BoxScore(NamedTuple):
+    """How one class of boxes fares."""
+
+    ap: float
+    """Average precision, the mean over overlaps of 0.5, 0.55, ... 0.95; NaN without a true box."""
+    ap_50: float
+    """The same at an overlap of 0.5."""
+    support: int
+    """True boxes of this class."""
+
+
+Score = ClassScore | RegionScore | BoxScore
+"""One line of a table of classes."""
+
+
 def confusion(labels: IntArray, predictions: IntArray) -> npt.NDArray[np.int64]:
     """Counts by (label, prediction) of n rows, (C, C) with C the largest class number seen plus one."""
     size = int(max(labels.max(initial=-1), predictions.max(initial=-1))) + 1

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -14,12 +12,10 @@ import numpy as np
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from modelyard.config import Config
-from modelyard.errors import ConfigError, DataError, IntegrityError
-from modelyard.tasks import saving
-from modelyard.tasks.base import Task
-from modelyard.tasks.compact import Compact, load_compact, read_compact
+from modelyard.errors import ConfigError, DataError
+from modelyard.tasks.folders import FolderTask
 from modelyard.tasks.generation import require_same_tokenizer
-from modelyard.tasks.language_models import ATTENTION, PretrainedModel, quiet_progress, read_config
+from modelyard.tasks.language_models import ATTENTION, PretrainedModel
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
@@ -28,7 +24,6 @@ if TYPE_CHECKING:
 
 TOKENS, LENGTH = "input_ids", "length"
 """Columns of labelled and tagged text: (n, T) token ids padded at the end, and (n,) how many count."""
-_LAYER = re.compile(r"\.layers?\.\d+\.")
 
 
 class BertModel(Config):
@@ -57,7 +52,7 @@ EncoderSource = Annotated[
 ]
 
 
-class EncoderTask(Task, ABC):
+class EncoderTask(FolderTask, ABC):
     """A task whose model is an encoder of transformers with a head; saved as a Hugging Face folder."""
 
     model: EncoderSource = BertModel()
@@ -65,8 +60,7 @@ class EncoderTask(Task, ABC):
 
     format: ClassVar[str]
     """The format of dataset it is trained on."""
-    auto_class: ClassVar[str]
-    """Name of the class in transformers that puts the head on."""
+    attention: ClassVar[str | None] = ATTENTION
 
     def check(self, info: DatasetInfo) -> None:
         if info.format != self.format or info.vocab_size is None or info.block_tokens is None:
@@ -87,14 +81,6 @@ class EncoderTask(Task, ABC):
                     "lower sentences.max_tokens and prepare the dataset again",
                 )
 
-    def bases(self) -> tuple[str, ...]:
-        name = self.model.pretrained if isinstance(self.model, PretrainedModel) else ""
-        return (name,) if name.startswith("models:/") else ()
-
-    def with_bases(self, folders: Mapping[str, Path]) -> Task:
-        changed = {name: self.with_changes(model={"pretrained": str(folders[name])}) for name in self.bases()}
-        return next(iter(changed.values()), self)
-
     def build(self, info: DatasetInfo, dataset_folder: Path | None) -> nn.Module:
         self.check(info)
         names = dict(enumerate(info.classes))
@@ -104,8 +90,7 @@ class EncoderTask(Task, ABC):
             if dataset_folder is not None and info.tokenizer is not None:
                 require_same_tokenizer(self.model.folder(), dataset_folder / info.tokenizer)
             model = self._from_folder(self.model.folder(), id2label=names, label2id={v: k for k, v in names.items()})
-        remembering: Any = model
-        remembering.row_tokens = info.block_tokens
+        self._remember(model, info)
         return model
 
     def _from_scratch(self, source: BertModel, info: DatasetInfo, names: dict[int, str]) -> nn.Module:
@@ -127,49 +112,6 @@ class EncoderTask(Task, ABC):
         )
         built: nn.Module = getattr(transformers, self.auto_class).from_config(config)
         return built
-
-    def _from_folder(self, folder: Path, **options: Any) -> nn.Module:
-        """The folder's encoder in fp32; the head may be new, the layers must be there.
-
-        Raises:
-            IntegrityError: weights are damaged or missing.
-        """
-        import torch
-        import transformers
-        from safetensors import SafetensorError
-
-        saving.require_safe_weights(folder)
-        try:
-            with quiet_progress(), _quiet_report():
-                model, report = getattr(transformers, self.auto_class).from_pretrained(
-                    folder,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    dtype=torch.float32,
-                    attn_implementation=ATTENTION,
-                    output_loading_info=True,
-                    **options,
-                )
-        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-            raise IntegrityError(f"the model in {str(folder)!r} cannot be loaded: {error}") from error
-        missing = sorted(name for name in map(str, report["missing_keys"]) if _LAYER.search(name) or not options)
-        if missing:
-            raise IntegrityError(
-                f"{str(folder)!r} lacks {len(missing)} of the weights its config.json asks for, e.g. {missing[0]!r}",
-                "a part of it would start from random numbers; fetch the folder again",
-            )
-        built: nn.Module = model
-        return built
-
-    def _from_compact(self, folder: Path, compact: Compact) -> nn.Module:
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # for other readers of the same files
-        with quiet_progress():
-            model = getattr(transformers, self.auto_class).from_config(config, attn_implementation=ATTENTION)
-        return load_compact(model, folder, compact)
 
     def _inputs(self, rows: Mapping[str, np.ndarray], where: device | str) -> dict[str, Tensor]:
         """Token ids and lengths, cut to the longest of these rows: padding costs time and changes nothing."""
@@ -203,48 +145,15 @@ class EncoderTask(Task, ABC):
         )
         return float(tokens * (6 * weights + 12 * net.config.num_hidden_layers * net.config.hidden_size * tokens))
 
-    def enable_activation_checkpointing(self, model: nn.Module) -> None:
-        net: Any = model
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    def save(
-        self,
-        model: nn.Module,
-        folder: Path,
-        dataset_folder: Path,
-        state: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """A Hugging Face folder (any such tool reads it) with the dataset's tokenizer and `task.json`."""
-        net: Any = model
-        info = saving.read_info(dataset_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with quiet_progress():
-            net.save_pretrained(folder, state_dict=dict(model.state_dict() if state is None else state))
-        if info.tokenizer is not None:
-            saving.copy_tokenizer(dataset_folder / info.tokenizer, folder)
-        saving.write_task(folder, self, info)
-
     def load(self, folder: Path, info: DatasetInfo) -> nn.Module:
-        read_config(folder)
-        compact = read_compact(folder)
-        model: Any = self._from_folder(folder) if compact is None else self._from_compact(folder, compact)
-        model.row_tokens = info.block_tokens
+        model: Any = super().load(folder, info)
         model.tokenizer_file = folder / "tokenizer.json"
         loaded: nn.Module = model
-        return loaded.eval()
+        return loaded
 
-
-@contextmanager
-def _quiet_report() -> Iterator[None]:
-    """Keep transformers' table of new and unused weights out of the run's display: a new head is expected here."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+    def _remember(self, model: nn.Module, info: DatasetInfo) -> None:
+        remembering: Any = model
+        remembering.row_tokens = info.block_tokens
 
 
 def encode(model: nn.Module, texts: Sequence[Any], *, pretokenized: bool, tokenizer: Path | None = None) -> list[Any]:

@@ -36,8 +36,13 @@ class ImageClassification(OwnNetwork):
     """Width of the dense layer before the scores (cnn and mlp only)."""
     patch: int = Field(default=4, gt=0)
     """Side of a patch in pixels (vit_tiny only)."""
+    layers: int = Field(default=12, gt=0)
+    """Transformer layers (vit_tiny only); fewer learn faster, and suffice for small images."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Dropout before the scores."""
+    jitter: float = Field(default=0.0, ge=0.0, le=0.5)
+    """In training each image is shifted, scaled and turned at random by up to this share of its side (and this angle in
+    radians): few images last longer."""
 
     @property
     def objective(self) -> Objective:
@@ -72,7 +77,7 @@ class ImageClassification(OwnNetwork):
         elif self.architecture == "resnet18":
             model = image_models.resnet18(shape, classes)
         elif self.architecture == "vit_tiny":
-            model = image_models.vit_tiny(shape, classes, self.patch, self.dropout)
+            model = image_models.vit_tiny(shape, classes, self.patch, self.layers, self.dropout)
         else:
             model = image_models.cnn(shape, self.channels, self.hidden, classes, self.dropout)
         remembering: Any = model
@@ -89,7 +94,12 @@ class ImageClassification(OwnNetwork):
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         from torch.nn import functional
 
-        return functional.cross_entropy(model(batch[PIXELS]).float(), batch[LABEL], reduction="none")
+        pixels = batch[PIXELS]
+        if self.jitter and model.training:
+            from modelyard.tasks.image_models import jittered
+
+            pixels = jittered(pixels, self.jitter)
+        return functional.cross_entropy(model(pixels).float(), batch[LABEL], reduction="none")
 
     def statistics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`loss`: fp32 nats; `label` and `prediction`: int64 class numbers."""

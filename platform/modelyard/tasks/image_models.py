@@ -106,13 +106,15 @@ def resnet18(shape: Sequence[int], classes: int) -> Classifier:
     return Classifier(Logits(net))
 
 
-def vit_tiny(shape: Sequence[int], classes: int, patch: int, dropout: float) -> Classifier:
-    """A vision transformer of 12 layers, width 192 and 3 heads (Dosovitskiy et al. 2021; Touvron et al. 2021)."""
+def vit_tiny(shape: Sequence[int], classes: int, patch: int, layers: int, dropout: float) -> Classifier:
+    """A vision transformer of width 192 with 3 heads (Dosovitskiy et al. 2021); ViT-tiny has 12 layers of them (Touvron
+    et al. 2021).
+    """
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
         hidden_size=192,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=3,
         intermediate_size=768,
         hidden_dropout_prob=dropout,
@@ -123,6 +125,21 @@ def vit_tiny(shape: Sequence[int], classes: int, patch: int, dropout: float) -> 
         attn_implementation="sdpa",
     )
     return Classifier(Logits(ViTForImageClassification(config)))
+
+
+def jittered(pixels: Tensor, share: float) -> Tensor:
+    """Images (B, C, H, W), each shifted, scaled and turned at random; what comes in from outside repeats the edge."""
+    draws = (2 * torch.rand(4, len(pixels), device=pixels.device) - 1) * share
+    angle, scale = draws[0], 1 + draws[1]
+    moves = torch.stack(
+        [
+            torch.stack([scale * angle.cos(), -scale * angle.sin(), 2 * draws[2]], dim=1),
+            torch.stack([scale * angle.sin(), scale * angle.cos(), 2 * draws[3]], dim=1),
+        ],
+        dim=1,
+    )  # (B, 2, 3)
+    grid = nn.functional.affine_grid(moves, list(pixels.shape), align_corners=False)
+    return nn.functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
 
 
 def _head(inputs: int, hidden: int, classes: int, dropout: float) -> list[nn.Module]:

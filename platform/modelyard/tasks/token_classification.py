@@ -11,7 +11,7 @@ import numpy as np
 
 from modelyard.errors import DataError, InputError
 from modelyard.tasks.base import Objective
-from modelyard.tasks.classification_metrics import ClassScore
+from modelyard.tasks.classification_metrics import ClassScore, Score
 from modelyard.tasks.encoders import TOKENS, EncoderTask, attention_mask, encode, rows_of
 from modelyard.tasks.own_network import answering, plain, plain_module, refuse_options
 
@@ -105,7 +105,7 @@ class TokenClassification(EncoderTask):
             "loss": float(stats["nll"].sum(dtype=np.float64)) / words,
         }
 
-    def class_table(self, stats: Mapping[str, np.ndarray], info: DatasetInfo) -> list[tuple[str, ClassScore]]:
+    def class_table(self, stats: Mapping[str, np.ndarray], info: DatasetInfo) -> list[tuple[str, Score]]:
         """The score of each entity type, counted in whole entities."""
         return [
             (name, _score(*(int(stats[f"{part}.{name}"].sum()) for part in (_HIT, _FOUND, _TRUE))))

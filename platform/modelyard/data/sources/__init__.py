@@ -50,6 +50,17 @@ class Numbers(NamedTuple):
     targets: tuple[float, ...]
 
 
+class Example(NamedTuple):
+    """What one row of a dataset is made of."""
+
+    columns: dict[str, npt.NDArray[Any]] | None
+    """Arrays by column, or None when a file cannot be decoded."""
+    names: tuple[str, ...] = ()
+    """Class of each box, or the characters of a transcript: numbered once all of them are known."""
+    split: str = ""
+    """The split that the source says it belongs to, if it says so."""
+
+
 @functools.singledispatch
 def plan(source: Any, **_: Any) -> list[Part]:
     """The parts of a source, in order; runs on the driver and finds what is wrong before work starts.
@@ -65,11 +76,11 @@ def plan(source: Any, **_: Any) -> list[Part]:
 def read(source: Any, part: Part, **_: Any) -> Iterator[Any]:
     """What one part holds, in order; runs on a worker.
 
-    Documents (`str`, or None when unreadable), `Picture`s, `Sentence`s, `Numbers`, or Arrow tables.
+    Documents (`str`, or None when unreadable), `Picture`s, `Sentence`s, `Numbers`, `Example`s, or Arrow tables.
     """
     raise NotImplementedError(type(source).__name__)
 
 
 def load_all() -> None:
     """Register every source; call before `plan` and `read` (a worker starts with nothing imported)."""
-    from modelyard.data.sources import chats, images, parquet, pydocs, sentences, tables, text  # noqa: F401
+    from modelyard.data.sources import annotated, chats, images, parquet, pydocs, recordings, sentences, tables, text  # noqa: F401

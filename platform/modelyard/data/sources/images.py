@@ -17,7 +17,7 @@ from modelyard.extras import optional
 
 Pixels = npt.NDArray[np.uint8]
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _DIGITS_WHITE = 16.0
 
 
@@ -42,7 +42,7 @@ def read_digits(source: SklearnDigits, part: Part, images: ImageConfig) -> Itera
 def plan_folder(source: ImageFolder) -> list[Part]:
     """One part per image file, class by class."""
     root = source.path.partition("?")[0].rstrip("/")
-    patterns = [f"*{variant}" for suffix in _SUFFIXES for variant in (suffix, suffix.upper())]
+    patterns = [f"*{variant}" for suffix in SUFFIXES for variant in (suffix, suffix.upper())]
     parts = [Part(file.uri) for file in paths.find_files([source.path], patterns)]
     loose = [part.uri for part in parts if "/" not in _below(part.uri, root)]
     if loose:
@@ -87,7 +87,7 @@ def from_bytes(data: bytes, images: ImageConfig) -> Pixels | None:
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return _fitted(picture, images)
+            return fitted(picture, images)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 
@@ -105,10 +105,11 @@ def from_numbers(numbers: npt.NDArray[Any], white: float, images: ImageConfig) -
     if not (numbers.ndim == 2 or (numbers.ndim == 3 and numbers.shape[2] == 3)) or not np.isfinite(numbers).all():
         return None
     values = np.clip(np.rint(numbers * (255.0 / white)), 0, 255).astype(np.uint8)
-    return _fitted(Image.fromarray(values), images)
+    return fitted(Image.fromarray(values), images)
 
 
-def _fitted(picture: Any, images: ImageConfig) -> Pixels:
+def fitted(picture: Any, images: ImageConfig) -> Pixels:
+    """The pixels of a PIL image, in the size and channels that are configured."""
     from PIL import Image
 
     picture = picture.convert("L" if images.channels == 1 else "RGB")
