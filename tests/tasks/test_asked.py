@@ -215,12 +215,17 @@ def test_what_is_no_picture_or_sound_is_the_callers_error(
     assert (reply.status, reason in reply.json()["error"]["message"]) == (400, True), reply.body
 
 
-def test_sound_may_come_as_numbers(key: str, gateway: Running) -> None:
+def test_sound_may_come_as_numbers_or_as_a_file(key: str, gateway: Running) -> None:
     sound = tones("abc", np.random.default_rng(0)).tolist()
     asked = [sound, {"samples": sound, "sample_rate": 8000}, base64.b64encode(TONES).decode()]
     reply = gateway.ask("/v1/predict/speech-recognition", {"inputs": asked}, key=key)
     first, *others = [answer["output"] for answer in reply.json()["data"]]
     assert others == [first, first]
+    head = b'--edge\r\ncontent-disposition: form-data; name="inputs"; filename="tones.wav"\r\n\r\n'
+    body = head + TONES + b"\r\n--edge--\r\n"
+    kind = "multipart/form-data; boundary=edge"
+    reply = gateway.ask("/v1/predict/speech-recognition", body, key=key, content_type=kind)
+    assert [answer["output"] for answer in reply.json()["data"]] == [first]
 
 
 @pytest.mark.parametrize("name", CASES)

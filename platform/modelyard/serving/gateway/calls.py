@@ -33,6 +33,9 @@ from modelyard.serving.protocol import Backend, ServedModel
 
 _JSON = {"content-type": "application/json"}
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_PICTURES = ("image_classification", "object_detection", "semantic_segmentation")
+_SOUND = "speech_recognition"
+"""Tasks whose inputs may be files."""
 
 
 class Calls:
@@ -157,7 +160,8 @@ class Calls:
     ) -> None:
         settings = self._settings
         async with self._reserved(caller, None) as reservation, _bounded(settings.request_timeout_s):
-            if model.task.startswith("image") or any(isinstance(value, bytes) for value in inputs):
+            uploads = any(isinstance(value, bytes) for value in inputs) and model.task != _SOUND
+            if model.task in _PICTURES or uploads:
                 files = [
                     value if isinstance(value, bytes) else images.from_base64(value, f"inputs.{number}")
                     for number, value in enumerate(inputs)
