@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -182,8 +183,21 @@ def row_losses(task: Task, model: nn.Module, rows: Mapping[str, np.ndarray]) -> 
         return task.loss(model, task.collate(rows, "cpu"))
 
 
+def share_one_buffer(model: nn.Module) -> None:
+    """Make the weights views of one vector, as DeepSpeed's ZeRO leaves them."""
+    import torch
+
+    weights = list(model.parameters())
+    buffer = torch.cat([weight.detach().reshape(-1) for weight in weights])
+    for weight, part in zip(weights, buffer.split([weight.numel() for weight in weights]), strict=True):
+        weight.data = part.view(weight.shape)
+
+
 def assert_saved_whole(task: Task, model: nn.Module, folder: Path, target: Path) -> None:
-    """A saved model loads by itself, pickle-free, equal in its task and in the loss of every row."""
+    """A saved model loads by itself, pickle-free, equal in its task and in the loss of every row.
+
+    Whether its weights are plain, gathered by name, or views of one buffer.
+    """
     import torch
 
     from modelyard.tasks import load_model
@@ -191,8 +205,12 @@ def assert_saved_whole(task: Task, model: nn.Module, folder: Path, target: Path)
     rows = Dataset.open(folder).split("test").read(np.arange(5))
     expected = row_losses(task, model.eval(), rows)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for place, given in ((target / "own", None), (target / "gathered", state)):
-        task.save(model, place, folder, given)
+    flat = copy.deepcopy(model)
+    share_one_buffer(flat)
+    ways = (("own", model, None), ("gathered", model, state), ("flat", flat, None))
+    for name, saved, given in ways:
+        place = target / name
+        task.save(saved, place, folder, given)
         loaded_task, loaded = load_model(place)
         assert loaded_task == task
         torch.testing.assert_close(row_losses(loaded_task, loaded, rows), expected)

@@ -111,8 +111,14 @@ class FolderTask(Task, ABC):
         net: Any = model
         info = saving.read_info(dataset_folder)
         folder.mkdir(parents=True, exist_ok=True)
+        given = model.state_dict() if state is None else state
+        # Copies: an engine's weights are views of one buffer, and transformers takes shared storage for tied weights.
+        weights = {name: value.detach().cpu().clone() for name, value in given.items()}
+        for alias, source in net.all_tied_weights_keys.items():
+            if source in weights:
+                weights.pop(alias, None)
         with quiet_progress():
-            net.save_pretrained(folder, state_dict=dict(model.state_dict() if state is None else state))
+            net.save_pretrained(folder, state_dict=weights)
         if info.tokenizer is not None:
             saving.copy_tokenizer(dataset_folder / info.tokenizer, folder)
         saving.write_task(folder, self, info)
