@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +172,7 @@ def connect(**options: Any) -> RuntimeContext:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except ConnectionError:
             raise
-        except (RuntimeError, OSError, TimeoutError, subprocess.SubprocessError) as error:
+        except Exception as error:  # Ray raises a plain one when its node does not come up in time
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise StartError(
                 f"Ray did not start: {reason}",
