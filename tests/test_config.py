@@ -341,6 +341,18 @@ def test_configs_pickle_and_equal_configs_have_equal_digests() -> None:
     assert job.digest() == parse(Job, {"optimizer": {"kind": "sgd"}}).digest() != Job().digest()
 
 
+def test_a_list_is_not_called_too_short_for_an_item_that_was_refused() -> None:
+    class Recipe(Config):
+        steps: tuple[Stage, ...] = Field(min_length=1)
+
+    with pytest.raises(ConfigError) as refused:
+        parse(Recipe, {"steps": [{"name": "one", "max_steps": 0}]})
+    assert "steps.0.max_steps" in str(refused.value)
+    assert "at least 1 item" not in str(refused.value)
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        parse(Recipe, {"steps": []})
+
+
 def test_changes_are_checked_again() -> None:
     assert Batch().with_changes(rows=3) == Batch(rows=3)
     with pytest.raises(ConfigError, match="rows"):

@@ -115,14 +115,26 @@ def parse(config_type: type[ConfigT], data: Mapping[str, Any], source: str = "co
     try:
         return config_type.model_validate(data)
     except ValidationError as error:
-        found = [_explain(config_type, dict(detail)) for detail in error.errors()]
+        details = _told(error)
+        found = [_explain(config_type, detail) for detail in details]
         lines = [f"{field}: {problem}" if field else problem for field, problem in found]
         problem = lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])
-        field, first = found[0][0], error.errors()[0]["type"]
+        field, first = found[0][0], details[0]["type"]
         todo = f"change {field} in the config file, or pass --{field}=VALUE" if field else "change one of these values"
         if first == "extra_forbidden":
             todo = "correct its name, or take it out; --print-config shows every field"
         raise ConfigError(f"{source}: {problem}", todo) from None
+
+
+def _told(error: ValidationError) -> list[dict[str, Any]]:
+    """All that was refused, without a list that is too short only because its items were refused."""
+    details: list[dict[str, Any]] = [dict(detail) for detail in error.errors()]
+    places = [detail["loc"] for detail in details]
+
+    def holds_another(place: tuple[str | int, ...]) -> bool:
+        return any(len(each) > len(place) and each[: len(place)] == place for each in places)
+
+    return [each for each in details if each["type"] != "too_short" or not holds_another(each["loc"])]
 
 
 def _laid_over(default: Config, given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise ConfigError(f"{name} does not exist", "check the path given to --config") from None
+        raise ConfigError(f"{name} does not exist", "check the path") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}", "correct that line") from error
     except RecursionError:

@@ -140,6 +140,8 @@ def test_every_variable_that_the_code_reads_is_known_and_the_other_way_round() -
 def test_gathering_finds_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELYARD_TRACKING_URI", "postgresql://me:secret@127.0.0.1:1/x")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    for name in ("MODELYARD_API_KEY", "MODELYARD_BACKUP_PASSPHRASE", "MODELYARD_REDIS_PASSWORD"):
+        monkeypatch.setenv(name, "secret")
     facts = gather()
     assert facts.python == sys.version_info[:3]
     assert Requirement("ray", "==2.60.0") in facts.requirements

@@ -261,7 +261,7 @@ class TestRunning:
         until("it trains", lambda: "step 1/900" in log.read_text(), 120)
         assert "training starts with 2 workers" in log.read_text()
         assert "a100-0 is empty" in running.run("drain", "a100-0", "--deadline-s", "90")
-        assert job.wait(150) == 0, log.read_text()
+        assert job.wait(300) == 0, log.read_text()
         assert "900 steps (all steps done)" in log.read_text()
         assert {each["pool"]: each["total"] for each in json.loads(running.pools())}["a100"] == 4
 

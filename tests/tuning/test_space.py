@@ -167,3 +167,8 @@ def test_a_scheduler_needs_validations(study: Callable[..., Any]) -> None:
 def test_the_objective_is_the_tasks_own_unless_given(study: Callable[..., Any]) -> None:
     config, _ = study({"optimizer.learning_rate": RATE})
     assert [(each.metric, each.mode) for each in config.objectives] == [("perplexity", "min")]
+
+
+def test_a_search_or_a_scheduler_may_be_a_word(study: Callable[..., Any]) -> None:
+    made, _ = study({"optimizer.learning_rate": [0.1]}, search="random", scheduler="none")
+    assert (made.search.kind, made.scheduler.kind) == ("random", "none")

@@ -23,6 +23,8 @@ from modelyard.config import settings
 CONNECT_TIMEOUT_S = 2.0
 IMPORT_TIMEOUT_S = 120.0
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_SECRET = ("PASSPHRASE", "PASSWORD", "KEY")
+"""Ends of the names of variables whose values are not shown."""
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433, "ray": 10001}
 
 _TORCH = """
@@ -117,7 +119,7 @@ def gather() -> Facts:
             s3_error=s3.result().get("error", ""),
             tracking=Endpoint(_masked(tracking_uri), tracking.result()),
             variables={
-                name: "set" if name.endswith("PASSPHRASE") else _masked(text)
+                name: "set" if name.endswith(_SECRET) else _masked(text)
                 for name, text in os.environ.items()
                 if name.startswith("MODELYARD_")
             },

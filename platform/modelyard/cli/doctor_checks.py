@@ -19,11 +19,13 @@ MAX_OBJECT_STORE_GIB = 186.0
 CORE = ("torch", "ray", "deepspeed", "transformers", "mlflow", "pyarrow", "pydantic")
 HIDDEN_EXTRAS = ("dev", "test")
 VARIABLES = (
+    "MODELYARD_API_KEY",
     "MODELYARD_BACKUP_PASSPHRASE",
     "MODELYARD_CLUSTER_ID",
     "MODELYARD_DEBUG",
     "MODELYARD_GATEWAY_DB",
     "MODELYARD_HOME",
+    "MODELYARD_REDIS_PASSWORD",
     "MODELYARD_S3_TIMEOUT_S",
     "MODELYARD_STORE",
     "MODELYARD_TRACKING_URI",

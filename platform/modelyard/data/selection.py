@@ -121,7 +121,7 @@ def _check_sizes(sizes: Mapping[str, int], kept: int, config: PrepareConfig) -> 
 
 def _split_todo(name: str, kept: int) -> str:
     if kept < 20:
-        return "give more documents; if a text file holds many of them, set source.separator"
+        return f"give more documents (source.separator cuts text files), or set splits.{name} to 0 to do without it"
     return f"raise splits.{name}" if name == "train" else f"raise splits.{name}, or set it to 0 to do without it"
 
 

@@ -52,7 +52,7 @@ def interruptible(call: Callable[[], T], leave: Callable[[], None]) -> T:
 
     threading.Thread(target=run, name="fit", daemon=True).start()
     try:
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             while not over.wait(0.5):
                 pass
     except KeyboardInterrupt:
@@ -68,7 +68,7 @@ def interruptible(call: Callable[[], T], leave: Callable[[], None]) -> T:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """Treat SIGTERM, which Slurm, Kubernetes and systemd send, as Ctrl-C. Only the main thread gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -311,8 +311,8 @@ class TrainLoop:
 
     def _metrics(self, split: str) -> dict[str, float]:
         config = self._parts.config
-        began = time.monotonic()
-        with self._parts.engine.published() as model:
+        with self._parts.engine.published() as model:  # waits for steps that are still on their way
+            began = time.monotonic()
             metrics = validate(
                 self._parts.task,
                 model,

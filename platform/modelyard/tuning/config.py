@@ -112,6 +112,11 @@ class StudyConfig(Config):
     register_best: bool = True
     """Register the best trial's model."""
 
+    @field_validator("search", "scheduler", mode="before")
+    @classmethod
+    def _a_word_is_a_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
     @field_validator("space", mode="before")
     @classmethod
     def _lists_are_choices(cls, value: Any) -> Any:

@@ -21,6 +21,7 @@ from modelyard.errors import CapacityError, ConfigError, TrainingError
 from modelyard.observability.mlflow_client import connect as open_tracking
 from modelyard.training import runs
 from modelyard.training.config import TrainConfig
+from modelyard.training.interrupts import terminated_as_interrupted
 from modelyard.training.launch import Launch
 from modelyard.tuning.config import StudyConfig, resolve
 from modelyard.tuning.live import Live
@@ -150,7 +151,7 @@ def _run(folder: StudyFolder, record: StudyRecord, space: Space, progress: bool,
             folder.write_record(record)
         else:
             tuner = _restored(folder, failed) or _new_tuner(folder, record, space)
-        with show or nullcontext(), tracking:
+        with show or nullcontext(), tracking, terminated_as_interrupted():
             tuner.fit()
     trials = recorder.trials()
     if any(not trial.is_over for trial in trials) or (len(trials) < total and config.time_budget_s is None):
