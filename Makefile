@@ -1,6 +1,7 @@
 # make demo    train, evaluate, register and ask a small model (sets up .venv first)
 # make test    every check and every test
-# make test-hosts  clusters of many nodes, on hosts of network namespaces too; as root, with sshd, rsync, iproute2
+# make test-hosts  clusters of many nodes, on hosts of network namespaces too; as root, with sshd, rsync,
+#              iproute2, nftables
 # make check   format, lint, types, import directions, unit tests: under three minutes
 # make setup   .venv alone; made anew when pyproject.toml changes
 # make format  rewrite the code in the house style

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelyard.config import parse
+from modelyard.config import load, parse
 from modelyard.errors import ConfigError
 from modelyard.training import TrainConfig
 from modelyard.tuning.config import StudyConfig, resolve
@@ -172,3 +173,14 @@ def test_the_objective_is_the_tasks_own_unless_given(study: Callable[..., Any]) 
 def test_a_search_or_a_scheduler_may_be_a_word(study: Callable[..., Any]) -> None:
     made, _ = study({"optimizer.learning_rate": [0.1]}, search="random", scheduler="none")
     assert (made.search.kind, made.scheduler.kind) == ("random", "none")
+
+
+def test_a_parameter_may_come_from_the_command_line(study: Callable[..., Any], tmp_path: Path) -> None:
+    config, _ = study({"optimizer.learning_rate": [0.1], "seed": [1, 2]})
+    file = tmp_path / "study.yaml"
+    file.write_text(config.to_yaml())
+    overrides = ["--space.optimizer.learning_rate={low: 0.01, high: 0.2}", "--space.task.model.layers=[1, 2]"]
+    _, made = resolve(load(StudyConfig, file, overrides))
+    ranges = {each.name: (each.low, each.high) for each in made.dimensions}
+    assert ranges["optimizer.learning_rate"] == (0.01, 0.2)
+    assert sorted(ranges) == ["optimizer.learning_rate", "seed", "task.model.layers"]

@@ -180,7 +180,10 @@ def read_image(path: str) -> np.ndarray:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB"))
     except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"{path!r} is not an image file: {error}") from error
+        todo = "give the path of a picture (PNG, JPEG, ...)"
+        raise ConfigError(
+            f"{path[:200]!r} is not an image file: {error.strerror or 'it cannot be read'}", todo
+        ) from error
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -82,6 +82,7 @@ class Pbt(Config):
 
 Scheduler = Annotated[NoStopping | Asha | MedianStopping | Pbt, Field(discriminator="kind")]
 
+_PARAMETER_KEYS = {*Choice.model_fields, *Range.model_fields}
 _MUTABLE = ("optimizer.", "schedule.", "training.gradient_clipping", "training.micro_batch_size")
 """What may change in the middle of a run: everything else changes the model or what it is measured on."""
 
@@ -120,7 +121,7 @@ class StudyConfig(Config):
     @field_validator("space", mode="before")
     @classmethod
     def _lists_are_choices(cls, value: Any) -> Any:
-        return {name: parameter_of(each) for name, each in value.items()} if isinstance(value, Mapping) else value
+        return {name: parameter_of(each) for name, each in _by_field(value)} if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -171,6 +172,15 @@ def resolve(config: StudyConfig) -> tuple[StudyConfig, Space]:
     if config.search.kind == "grid":
         next(made.grid())
     return config.with_changes(base=None, train=plain, objectives=objectives), made
+
+
+def _by_field(space: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """What is tried, by dotted field: overrides of the command line come as sections within sections."""
+    for name, value in space.items():
+        if isinstance(value, Mapping) and value and not set(value) & _PARAMETER_KEYS:
+            yield from _by_field(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name}", value
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

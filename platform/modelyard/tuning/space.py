@@ -43,7 +43,7 @@ class Choice(Config):
     @classmethod
     def _some_values(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if not values:
-            raise ValueError("an empty choice: name at least one value")
+            raise ValueError("an empty choice: name at least one value in its list")
         return values
 
 
