@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,15 @@ def test_threads_of_one_driver_may_ask_at_once(world: World, monkeypatch: pytest
         assert list(threads.map(workers, "abcd")) == [1, 1, 1, 1]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches this process, also where a shell has started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_driver_that_no_longer_waits_leaves_the_line_at_once(world: World) -> None:
     with lease(Request(job_id="a", min_workers=2, max_workers=2)):
         threading.Timer(0.3, _thread.interrupt_main).start()
