@@ -30,7 +30,7 @@ from modelyard.scheduling.placement import room_of
 from modelyard.scheduling.scheduler import Timing
 
 JOBS, RUNS, GPUS_PER_NODE, LIMIT_S = 28, 2, 4, 300.0
-SETTLED_S = 15.0
+SETTLED_S = 5.0
 """A round of the scheduler takes one second at most; what stands for longer than this is its considered word."""
 
 

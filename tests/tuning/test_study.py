@@ -159,14 +159,15 @@ def test_weak_trials_that_asha_stops_free_their_leases_for_the_next(study: Calla
 
     rates = [0.01, 1e-6, 1e-7]
     space = {"optimizer.learning_rate": rates}
-    config = study(space, 40, 4, search={"kind": "grid"}, scheduler={"kind": "asha", "reduction_factor": 2})
+    config = study(space, 120, 20, search={"kind": "grid"}, scheduler={"kind": "asha", "reduction_factor": 2})
     config = config.with_changes(train={**config.train, "workers": 3, "lease": {"tenant": "research"}})
     done = tune(config, progress=False)
 
     assert [trial.status for trial in done.trials] == [TrialStatus.DONE, TrialStatus.STOPPED, TrialStatus.STOPPED]
-    assert [trial.steps for trial in done.trials[1:]] == [4, 4]
+    assert [trial.steps for trial in done.trials[1:]] == [20, 20]
     entries = service.call(scheduler.look)[1]
     assert {job: str(entry.status) for job, entry in entries.items()} == {trial.run_id: "done" for trial in done.trials}
+    assert all(folder_of(trial).read("result.json") is None for trial in done.trials[1:])
 
 
 def test_trials_below_the_median_of_the_others_are_stopped(study: Callable[..., Any]) -> None:
