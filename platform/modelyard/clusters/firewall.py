@@ -78,4 +78,4 @@ def _nft(text: str) -> None:
     said = answer.stderr.strip()[-500:]
     if "sudo" in said or "not permitted" in said:
         raise AccessError(f"only root may set the firewall: {said}", "run it as root, or allow sudo without a password")
-    raise StartError(f"nft refused the rules: {said}", "")
+    raise StartError(f"nft refused the rules: {said}", "its message names the line; the ports stay as they were")

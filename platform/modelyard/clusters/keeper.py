@@ -204,7 +204,7 @@ class Keeper:
         while True:
             began = time.monotonic()
             step = self._live()
-            self._end()
+            self.close()
             if step == "end":
                 self._say("Ray was stopped here: nothing is left to keep")
                 return
@@ -213,10 +213,6 @@ class Keeper:
             wait_s = pause_s(lived_s, failures - 1)
             self._say(f"the head died after {lived_s:.0f} s; it starts again" + (f" in {wait_s:g} s" if wait_s else ""))
             time.sleep(wait_s)
-
-    def close(self) -> None:
-        """End the head."""
-        self._end()
 
     def _live(self) -> Step:
         self._say(f"starting: {shlex.join(word for word in self._command if not word.startswith('--redis-password'))}")
@@ -235,7 +231,7 @@ class Keeper:
             if step != "wait":
                 return step
 
-    def _end(self) -> None:
+    def close(self) -> None:
         """End all that the head started; politely it would wait half a minute for what runs on it."""
         if self._child is None:
             return
@@ -293,7 +289,7 @@ def _starts(said: str) -> int:
 
 def _family(pid: int) -> list[psutil.Process]:
     try:
-        return [*psutil.Process(pid).children(recursive=True)]
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.Error:
         return []
 

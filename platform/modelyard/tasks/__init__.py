@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from modelyard.errors import IntegrityError
 from modelyard.tasks import saving
-from modelyard.tasks.base import Objective, Task
+from modelyard.tasks.base import Objective, Task, Uploads
 from modelyard.tasks.causal_lm import CausalLM
 from modelyard.tasks.forecasting import Forecasting
 from modelyard.tasks.image_classification import ImageClassification
@@ -44,6 +44,7 @@ __all__ = [
     "TokenClassification",
     "load_model",
     "read_task",
+    "uploads_of",
 ]
 
 AnyTask = (
@@ -59,8 +60,14 @@ AnyTask = (
     | TextClassification
     | TokenClassification
 )
+_UPLOADS: dict[str, Uploads] = {task.model_fields["kind"].default: task.uploads for task in get_args(AnyTask)}
 TaskConfig = Annotated[AnyTask, Field(discriminator="kind")]
 """The type of a config's `task` field: `kind` chooses the task."""
+
+
+def uploads_of(kind: str) -> Uploads:
+    """What callers may send to a model of the task `kind` as files."""
+    return _UPLOADS.get(kind, "none")
 
 
 def read_task(folder: Path) -> tuple[Task, DatasetInfo]:

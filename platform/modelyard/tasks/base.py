@@ -13,7 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from modelyard.config import Config
 from modelyard.errors import DataError
@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 Objective = tuple[str, Literal["min", "max"]]
 """Name of the metric that decides which of two models is better, and which direction is better."""
 
+Uploads = Literal["none", "pictures", "files"]
+"""What callers of a served model may send as files: pictures, which `predict` gets as arrays, or files, as bytes."""
+
 
 class Task(Config, ABC):
     """What a model is for: how to build it, feed it, score it, save it and ask it."""
 
     kind: str
     """Name of the task; each task fixes its own, by which configs choose it."""
+
+    uploads: ClassVar[Uploads] = "none"
 
     @property
     @abstractmethod
@@ -75,6 +80,12 @@ class Task(Config, ABC):
 
         Where a row has several numbers, as one per class, their count is the same in every batch. The statistics of a
         row do not depend on the others in its batch: ranks may split it anyhow.
+        """
+
+    def begin_step(self, model: nn.Module, step: int, total: int) -> None:
+        """Called before optimizer step `step` (from 0) of `total`, for a model whose form follows the step.
+
+        `model` is the plain module. Default: nothing.
         """
 
     def check_saved(self, folder: Path, trained: DatasetInfo, info: DatasetInfo, dataset_folder: Path) -> None:

@@ -185,9 +185,7 @@ class CausalLM(Task):
                 save_adapter(model, full, folder)
         else:
             weights = full
-        for alias, source in net.all_tied_weights_keys.items():
-            if alias in weights and source in weights:
-                del weights[alias]  # by name: gathered copies no longer share memory
+        saving.drop_aliases(net, weights)
         with quiet_progress():
             net.save_pretrained(folder, state_dict=weights)
         if info.tokenizer is not None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from modelyard.config import Config
 from modelyard.errors import ConfigError, DataError
-from modelyard.tasks.folders import FolderTask
+from modelyard.tasks.folders import FolderTask, require_same_classes
 from modelyard.tasks.generation import require_same_tokenizer
-from modelyard.tasks.language_models import ATTENTION, PretrainedModel
+from modelyard.tasks.language_models import ATTENTION, PretrainedModel, folder_or
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
@@ -42,13 +42,8 @@ class BertModel(Config):
         return self
 
 
-def _source(value: Any) -> str:
-    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    return "pretrained" if "pretrained" in given else "bert"
-
-
 EncoderSource = Annotated[
-    Annotated[BertModel, Tag("bert")] | Annotated[PretrainedModel, Tag("pretrained")], Discriminator(_source)
+    Annotated[BertModel, Tag("bert")] | Annotated[PretrainedModel, Tag("pretrained")], folder_or("bert")
 ]
 
 
@@ -124,12 +119,7 @@ class EncoderTask(FolderTask, ABC):
 
     def check_saved(self, folder: Path, trained: DatasetInfo, info: DatasetInfo, dataset_folder: Path) -> None:
         super().check_saved(folder, trained, info, dataset_folder)
-        if trained.classes != info.classes:
-            raise DataError(
-                f"the model knows the classes {', '.join(trained.classes[:8])}, "
-                f"the dataset {', '.join(info.classes[:8])}",
-                "measure it on a dataset with the same classes",
-            )
+        require_same_classes(trained, info)
         if info.tokenizer is not None:
             require_same_tokenizer(folder, dataset_folder / info.tokenizer)
 

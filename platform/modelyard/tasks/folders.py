@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from modelyard.errors import ConfigError, IntegrityError
+from modelyard.errors import ConfigError, DataError, IntegrityError
 from modelyard.tasks import saving
 from modelyard.tasks.base import Task
 from modelyard.tasks.compact import Compact, load_compact, read_compact
@@ -114,9 +114,7 @@ class FolderTask(Task, ABC):
         given = model.state_dict() if state is None else state
         # Copies: an engine's weights are views of one buffer, and transformers takes shared storage for tied weights.
         weights = {name: value.detach().cpu().clone() for name, value in given.items()}
-        for alias, source in net.all_tied_weights_keys.items():
-            if source in weights:
-                weights.pop(alias, None)
+        saving.drop_aliases(net, weights)
         with quiet_progress():
             net.save_pretrained(folder, state_dict=weights)
         if info.tokenizer is not None:
@@ -132,6 +130,19 @@ class FolderTask(Task, ABC):
 
     def _remember(self, model: nn.Module, info: DatasetInfo) -> None:
         """Keep on the model what `predict` must know of the dataset."""
+
+
+def require_same_classes(trained: DatasetInfo, info: DatasetInfo) -> None:
+    """Refuse a dataset whose classes are not those of the model's.
+
+    Raises:
+        DataError: the first classes of both are named.
+    """
+    if trained.classes != info.classes:
+        raise DataError(
+            f"the model knows the classes {', '.join(trained.classes[:8])}, the dataset {', '.join(info.classes[:8])}",
+            "measure it on a dataset with the same classes",
+        )
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from modelyard.errors import ConfigError, DataError, InputError
-from modelyard.tasks.base import Objective
+from modelyard.tasks.base import Objective, Uploads
 from modelyard.tasks.classification_metrics import accuracy, macro_f1
 from modelyard.tasks.own_network import OwnNetwork, answering, refuse_options
 
@@ -26,6 +26,7 @@ PIXELS, LABEL = "pixels", "label"
 class ImageClassification(OwnNetwork):
     """A network from scratch on images of one size, (C, H, W) uint8 pixels."""
 
+    uploads: ClassVar[Uploads] = "pictures"
     kind: Literal["image_classification"] = "image_classification"
     architecture: Literal["cnn", "mlp", "linear", "resnet18", "vit_tiny"] = "cnn"
     """`cnn`: convolutions with pooling, then two dense layers. `mlp`: the two dense layers alone. `linear`: one layer,

@@ -175,14 +175,19 @@ class PretrainedModel(Config):
         return load_folder(self.folder(), dtype=torch.float32)
 
 
-def _source(value: Any) -> str:
-    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    return "pretrained" if "pretrained" in given else "llama"
+def folder_or(own: str) -> Discriminator:
+    """Tells a folder to go on from, tagged `pretrained`, from the sizes of a new model, tagged `own`."""
+
+    def source(value: Any) -> str:
+        given = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+        return "pretrained" if "pretrained" in given else own
+
+    return Discriminator(source)
 
 
 ModelSource = Annotated[
     Annotated[LlamaModel, Tag("llama")] | Annotated[PretrainedModel, Tag("pretrained")],
-    Discriminator(_source),
+    folder_or("llama"),
 ]
 
 

@@ -49,7 +49,7 @@ class Movement(Config):
 
 
 def learn_masks(model: nn.Module, movement: Movement) -> None:
-    """Give the named layers scores, and the model a method `begin_step(step, total)` that the training loop calls.
+    """Give the named layers scores, and the model a method `begin_step(step, total)`.
 
     Until its first call the layers compute with all of their weights.
     """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from modelyard.config import Config
 from modelyard.errors import ConfigError
@@ -14,7 +14,7 @@ from modelyard.tasks.average_precision import average_precisions, matched
 from modelyard.tasks.base import Objective
 from modelyard.tasks.classification_metrics import BoxScore, Score
 from modelyard.tasks.image_classification import PIXELS
-from modelyard.tasks.language_models import PretrainedModel
+from modelyard.tasks.language_models import PretrainedModel, folder_or
 from modelyard.tasks.own_network import answering, plain_module, refuse_options
 from modelyard.tasks.vision import VisionTask, image_shape, normalise, picture, pixel_tensor, stacked
 
@@ -58,14 +58,9 @@ class DeformableDetrModel(Config):
         return self
 
 
-def _source(value: Any) -> str:
-    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    return "pretrained" if "pretrained" in given else "deformable_detr"
-
-
 DetectorSource = Annotated[
     Annotated[DeformableDetrModel, Tag("deformable_detr")] | Annotated[PretrainedModel, Tag("pretrained")],
-    Discriminator(_source),
+    folder_or("deformable_detr"),
 ]
 
 

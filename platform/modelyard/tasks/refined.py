@@ -119,6 +119,12 @@ class Refined(Task):
         lesson: _Lesson = getattr(model, "module", model).__dict__["lesson"]
         return lesson.loss(self.task, model, batch)
 
+    def begin_step(self, model: nn.Module, step: int, total: int) -> None:
+        self.task.begin_step(model, step, total)
+        if self.movement is not None:
+            pruned: Any = model
+            pruned.begin_step(step, total)
+
     def statistics(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.task.statistics(model, batch)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from modelyard.errors import IntegrityError, NotFoundError, UnsafeFileError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from modelyard.data.dataset import DatasetInfo
     from modelyard.tasks.base import Task
 
@@ -27,6 +29,16 @@ def read_info(dataset_folder: Path) -> DatasetInfo:
     from modelyard.data.dataset import Dataset
 
     return Dataset.open(dataset_folder).info
+
+
+def drop_aliases(model: Any, weights: dict[str, Tensor]) -> None:
+    """Leave each tied weight of a model of transformers once in `weights`.
+
+    By name: copies that were gathered no longer share memory.
+    """
+    for alias, source in model.all_tied_weights_keys.items():
+        if source in weights:
+            weights.pop(alias, None)
 
 
 def write_task(folder: Path, task: Task, info: DatasetInfo) -> None:

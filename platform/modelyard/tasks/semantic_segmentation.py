@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from modelyard.config import Config
 from modelyard.errors import ConfigError
 from modelyard.tasks.base import Objective
 from modelyard.tasks.classification_metrics import RegionScore, Score
 from modelyard.tasks.image_classification import PIXELS
-from modelyard.tasks.language_models import PretrainedModel
+from modelyard.tasks.language_models import PretrainedModel, folder_or
 from modelyard.tasks.own_network import answering, refuse_options
 from modelyard.tasks.vision import VisionTask, image_shape, normalise, picture, pixel_tensor, stacked
 
@@ -58,14 +58,9 @@ class SegformerModel(Config):
         return self
 
 
-def _source(value: Any) -> str:
-    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    return "pretrained" if "pretrained" in given else "segformer"
-
-
 SegmenterSource = Annotated[
     Annotated[SegformerModel, Tag("segformer")] | Annotated[PretrainedModel, Tag("pretrained")],
-    Discriminator(_source),
+    folder_or("segformer"),
 ]
 
 

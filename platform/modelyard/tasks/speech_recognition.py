@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from modelyard.config import Config
 from modelyard.errors import ConfigError, DataError
-from modelyard.tasks.base import Objective
+from modelyard.tasks.base import Objective, Uploads
 from modelyard.tasks.folders import FolderTask
-from modelyard.tasks.language_models import PretrainedModel, read_config
+from modelyard.tasks.language_models import PretrainedModel, folder_or, read_config
 from modelyard.tasks.own_network import answering, matrix_weights, plain_module, refuse_options
 
 if TYPE_CHECKING:
@@ -51,14 +51,9 @@ class ConformerModel(Config):
         return self
 
 
-def _source(value: Any) -> str:
-    given = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    return "pretrained" if "pretrained" in given else "conformer"
-
-
 RecogniserSource = Annotated[
     Annotated[ConformerModel, Tag("conformer")] | Annotated[PretrainedModel, Tag("pretrained")],
-    Discriminator(_source),
+    folder_or("conformer"),
 ]
 
 
@@ -72,6 +67,7 @@ class SpeechRecognition(FolderTask):
     blanked: int = Field(default=2, ge=0, le=16)
     """Stretches of time, and of frequency, that are blanked in each row in training (conformers only)."""
 
+    uploads: ClassVar[Uploads] = "files"
     auto_class: ClassVar[str] = "AutoModelForCTC"
 
     @property

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from modelyard.errors import ConfigError, DataError, InputError
-from modelyard.tasks.folders import FolderTask, freeze_batch_statistics
+from modelyard.tasks.base import Uploads
+from modelyard.tasks.folders import FolderTask, freeze_batch_statistics, require_same_classes
 from modelyard.tasks.image_classification import PIXELS, read_image
 from modelyard.tasks.language_models import PretrainedModel
 from modelyard.tasks.own_network import plain_module
@@ -32,6 +33,7 @@ _PLAIN = {"image_mean": [0.5], "image_std": [0.5]}
 class VisionTask(FolderTask, ABC):
     """A task whose model of transformers looks at pictures of one size, (C, H, W) uint8 pixels."""
 
+    uploads: ClassVar[Uploads] = "pictures"
     format: ClassVar[str]
     """The format of dataset it is trained on."""
 
@@ -81,12 +83,7 @@ class VisionTask(FolderTask, ABC):
 
     def check_saved(self, folder: Path, trained: DatasetInfo, info: DatasetInfo, dataset_folder: Path) -> None:
         super().check_saved(folder, trained, info, dataset_folder)
-        if trained.classes != info.classes:
-            raise DataError(
-                f"the model knows the classes {', '.join(trained.classes[:8])}, "
-                f"the dataset {', '.join(info.classes[:8])}",
-                "measure it on a dataset with the same classes",
-            )
+        require_same_classes(trained, info)
         if image_shape(trained) != image_shape(info):
             raise DataError(
                 f"images are {image_shape(info)}, the model takes {image_shape(trained)}",

@@ -71,6 +71,34 @@ class FlatModel:
         return {name: value.detach().cpu().clone() for name, value in self.module.state_dict().items()}
 
 
+class Replica:
+    """What engines share whose every worker has a whole model: the worker's replica, as one vector."""
+
+    is_whole = True
+
+    def __init__(self, model: torch.nn.Module, precision: str) -> None:
+        self._flat = FlatModel(model, precision)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """This worker's replica."""
+        return self._flat.module
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """This worker's replica."""
+        return self._flat.module
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, trainable or not."""
+        return self._flat.num_parameters
+
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Copies of the replica's weights on the CPU; within `published`, of what the gang would publish."""
+        return self._flat.full_state()
+
+
 class Shard:
     """A stretch of a flat model that starts at `start`, and the optimizer that moves it."""
 

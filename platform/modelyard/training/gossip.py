@@ -16,7 +16,7 @@ from modelyard.errors import WaitTimeoutError
 from modelyard.training.batching import RankPlan
 from modelyard.training.config import Muon, TrainConfig
 from modelyard.training.engine import clipped
-from modelyard.training.flat import FlatModel, Saved, Shard, averaged, read_saved, restore_buffers
+from modelyard.training.flat import Replica, Saved, Shard, averaged, read_saved, restore_buffers
 from modelyard.training.gang import Gang
 from modelyard.training.noise import Norms
 from modelyard.training.schedule import rate_factor
@@ -51,7 +51,7 @@ def diameter(topology: str, num_workers: int) -> int:
     return num_workers // 2 if topology == "ring" else max(0, math.ceil(math.log2(num_workers)))
 
 
-class GossipEngine:
+class GossipEngine(Replica):
     """One replica of the model with an optimizer of its own, mixed with its neighbours' after every step.
 
     The rows of a worker's part are weighted as in the global batch, so the mean over workers of their gradients is
@@ -59,14 +59,13 @@ class GossipEngine:
     """
 
     is_claiming = False
-    is_whole = True
 
     def __init__(self, model: torch.nn.Module, config: TrainConfig, plan: RankPlan, gang: Gang) -> None:
         strategy = config.training.strategy
         assert isinstance(strategy, Gossip)
         assert not isinstance(config.optimizer, Muon)
         self._config, self._strategy, self._plan, self._gang = config, strategy, plan, gang
-        self._flat = FlatModel(model, config.training.precision)
+        super().__init__(model, config.training.precision)
         self._shard = Shard(self._flat.weights, 0, self._flat.num_decaying, config.optimizer)
         self._row_weight = gang.num_workers / config.training.global_batch_size
         # A group of its own: what is on the way here must not hold up the gang's other collectives.
@@ -76,21 +75,6 @@ class GossipEngine:
         self.sent_bytes = 0
         if config.training.compile:
             model.compile()
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """This worker's replica."""
-        return self._flat.module
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """This worker's replica."""
-        return self._flat.module
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights of the whole model, trainable or not."""
-        return self._flat.num_parameters
 
     def parts(self, step: int) -> Iterator[RankPlan]:
         """This worker's fixed part."""
@@ -175,10 +159,6 @@ class GossipEngine:
         self._steps = saved.step
         if not weights_only:
             self._shard.restore({name: value.to(self._flat.weights.device) for name, value in saved.moments.items()})
-
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """Copies of the replica's weights; within `published`, of the average."""
-        return self._flat.full_state()
 
     def close(self) -> None:
         """Let go of the neighbours."""

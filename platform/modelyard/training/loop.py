@@ -136,8 +136,7 @@ class TrainLoop:
     def _one_step(self, rows: RowSource, step: int) -> None:
         parts, training = self._parts, self._parts.config.training
         clock = self._clock()
-        if (begin_step := getattr(parts.engine.module, "begin_step", None)) is not None:
-            begin_step(step, training.max_steps)  # a model whose form follows the step
+        parts.task.begin_step(parts.engine.module, step, training.max_steps)
         is_measured = training.noise_every_steps > 0 and (step + 1) % training.noise_every_steps == 0
         own = np.zeros(training.global_batch_size if training.record_samples else 0)
         for part in parts.engine.parts(step):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from modelyard.training.batching import RankPlan, plan
 from modelyard.training.config import Muon, TrainConfig
-from modelyard.training.flat import FlatModel, Saved, Shard, joined, read_saved, restore_buffers
+from modelyard.training.flat import FlatModel, Replica, Saved, Shard, joined, read_saved, restore_buffers
 from modelyard.training.gang import Gang
 from modelyard.training.noise import NoiseMeter, Norms
 from modelyard.training.schedule import rate_factor
@@ -35,14 +35,12 @@ _IDLE = timedelta(days=365)
 """A server waits for requests as long as its gang lives; the workers' own waits end at `strategy.timeout_s`."""
 
 
-class ParameterServerEngine:
+class ParameterServerEngine(Replica):
     """One worker and the server on its thread.
 
     Optimizer step t takes the gradient of exactly the rows of global batch t, whoever computed them, each at weights
     of version t - staleness or newer. A worker sends its gradient once per step, however many parts it computed.
     """
-
-    is_whole = True
 
     def __init__(self, model: torch.nn.Module, config: TrainConfig, own: RankPlan, gang: Gang) -> None:
         strategy, training = config.training.strategy, config.training
@@ -50,7 +48,7 @@ class ParameterServerEngine:
         assert not isinstance(config.optimizer, Muon)
         self._config, self._strategy, self._gang, self._own = config, strategy, gang, own
         self._meter = NoiseMeter(model) if training.noise_every_steps else None
-        self._flat = FlatModel(model, training.precision)
+        super().__init__(model, training.precision)
         self._parts = num_parts(training.global_batch_size, training.micro_batch_size, gang.num_workers)
         self.is_claiming = strategy.work_claiming
         # One more than the staleness: a gang that agrees on step t then waits for nothing that training would not.
@@ -66,21 +64,6 @@ class ParameterServerEngine:
     def sent_bytes(self) -> int | None:
         """Bytes sent so far, by this worker and by the server on it."""
         return self._counter.total
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """This worker's copy of the model."""
-        return self._flat.module
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """This worker's copy of the model."""
-        return self._flat.module
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights of the whole model, trainable or not."""
-        return self._flat.num_parameters
 
     def parts(self, step: int) -> Iterator[RankPlan]:
         """This worker's fixed part, or those that it gets hold of before the others do."""
@@ -157,10 +140,6 @@ class ParameterServerEngine:
         self._version = self._steps = parts[0].step
         self._gang.barrier()  # no request may reach a server that has not read its part
 
-    def full_state(self) -> dict[str, torch.Tensor]:
-        """Copies of all weights; within `published`, after all steps."""
-        return self._flat.full_state()
-
     def close(self) -> None:
         """Say goodbye to the other servers and end this one."""
         self._servers.close()
@@ -206,7 +185,8 @@ class Servers:
         if self._among is None:
             return value
         total = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(total, group=self._among)
+        work = dist.all_reduce(total, group=self._among, async_op=True)
+        self._network.wait(work, "the other servers to take their step")
         return float(total)
 
     def push(self, step: int, rows: int, gradient: torch.Tensor) -> None:

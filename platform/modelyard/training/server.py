@@ -249,5 +249,5 @@ class ServerThread:
 
     def _reply(self, peer: int, messages: list[tuple[torch.Tensor, int]]) -> None:
         for work, _ in self._replies.pop(peer, []):
-            work.wait()  # it asks anew, so it has them
+            self._network.wait(work, f"worker {peer} to take what it asked for")
         self._replies[peer] = [(self._network.send(tensor, peer, tag), tensor) for tensor, tag in messages]

@@ -30,12 +30,10 @@ from modelyard.serving.gateway.metrics import Metrics
 from modelyard.serving.gateway.settings import GatewaySettings
 from modelyard.serving.gateway.text import TextAnswer
 from modelyard.serving.protocol import Backend, ServedModel
+from modelyard.tasks import uploads_of
 
 _JSON = {"content-type": "application/json"}
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_PICTURES = ("image_classification", "object_detection", "semantic_segmentation")
-_SOUND = "speech_recognition"
-"""Tasks whose inputs may be files."""
 
 
 class Calls:
@@ -160,8 +158,8 @@ class Calls:
     ) -> None:
         settings = self._settings
         async with self._reserved(caller, None) as reservation, _bounded(settings.request_timeout_s):
-            uploads = any(isinstance(value, bytes) for value in inputs) and model.task != _SOUND
-            if model.task in _PICTURES or uploads:
+            takes, has_files = uploads_of(model.task), any(isinstance(value, bytes) for value in inputs)
+            if takes == "pictures" or (has_files and takes != "files"):
                 files = [
                     value if isinstance(value, bytes) else images.from_base64(value, f"inputs.{number}")
                     for number, value in enumerate(inputs)
