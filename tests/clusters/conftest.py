@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,16 @@ def free_ports() -> Callable[[int], list[int]]:
             return [int(each.getsockname()[1]) for each in sockets]
 
     return find
+
+
+def until(claim: str, condition: Callable[[], Any], timeout_s: float = 90.0) -> Any:
+    """Wait for what `condition` gives once it is true."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"never happened within {timeout_s:g} s: {claim}")
+        time.sleep(0.5)
+    return found
 
 
 def must(answer: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:

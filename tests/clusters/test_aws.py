@@ -7,30 +7,20 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tests.clusters.conftest import ROOT, Launched, must
+from tests.clusters.conftest import ROOT, Launched, must, until
 from tests.clusters.hosts import Hosts, hosts, why_not
 
 pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 REGION, PORT = "us-west-2", 5055
 FIRST = 4
 """EC2 keeps the first three addresses of a subnet."""
-
-
-def until(claim: str, condition: Callable[[], Any], timeout_s: float) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"never happened within {timeout_s:g} s: {claim}")
-        time.sleep(0.5)
-    return found
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.clusters import conftest
 from tests.clusters.conftest import POOL, Launched, must
 
 pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
@@ -65,13 +65,7 @@ print(ray.get(where.remote()), flush=True)
 """
 
 
-def until(claim: str, condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"never happened within {timeout_s:g} s: {claim}")
-        time.sleep(0.5)
-    return found
+until = partial(conftest.until, timeout_s=120.0)
 
 
 def on_head(cluster: Launched, *command: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +119,7 @@ def test_a_script_outlives_the_head_in_a_pool_and_is_sent_again_otherwise(
     try:
         until("the script runs", lambda: (marks / "begun-0").exists())
         kill_head(launched)
-        until("the head answers", lambda: nodes(launched) == 3, 180)
+        until("the head answers", lambda: nodes(launched) == 3, timeout_s=180)
         (marks / "go").touch()
         assert job.wait(180) == 0, log.read_text()
     finally:

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tests.clusters.capture import Capture
-from tests.clusters.conftest import POOL, Launched, must
+from tests.clusters.conftest import POOL, Launched, must, until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
-
-
-def until(claim: str, condition: Callable[[], Any], timeout_s: float = 90.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"never happened within {timeout_s:g} s: {claim}")
-        time.sleep(0.5)
-    return found
 
 
 def nodes(cluster: Launched) -> list[dict[str, Any]]:

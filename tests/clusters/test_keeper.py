@@ -9,15 +9,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from click.testing import CliRunner
+from tests.clusters import conftest
 
 from modelyard.cli.main import modelyard
 from modelyard.clusters import certs, keeper
@@ -172,12 +172,7 @@ class Head:
             return None
 
 
-def until(claim: str, condition: Callable[[], Any], timeout_s: float = 150.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"never happened within {timeout_s:g} s: {claim}"
-        time.sleep(0.5)
-    return found
+until = partial(conftest.until, timeout_s=150.0)
 
 
 @pytest.fixture

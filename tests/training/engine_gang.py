@@ -1,27 +1,26 @@
 """One worker of a gang without Ray that runs engines one after another, for test_engine_modes.py.
 
-    python engine_gang.py JOB.json RANK
+    python -m tests.training.engine_gang JOB.json RANK
 
 JOB.json holds `workers`, `port`, `dataset`, `out` and `runs`: each run a `name`, a TrainConfig and what to do with
 it. Worker 0 writes OUT/<name>.json: what the run measured, or the error it ended with.
 """
 
-import json
-import os
-import sys
-import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tests.training.gangs import Job, Run, main
 
 from modelyard.config import parse
 from modelyard.data.dataset import Dataset
 from modelyard.training import TrainConfig
 from modelyard.training.batching import plan
 from modelyard.training.checkpoints import TAG
-from modelyard.training.engine import Engine, import_deepspeed
+from modelyard.training.engine import Engine
 from modelyard.training.gang import Gang
 
 
@@ -107,30 +106,11 @@ def facts(runner: Runner, before: dict[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Join the gang, do every run."""
-    job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["workers"])}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    import_deepspeed().init_distributed(dist_init_required=False)
+def prepare(job: Job, rank: int) -> Callable[[Run], Any]:
+    """What does a run of this gang."""
     gang = Gang(rank=rank, num_workers=job["workers"], device=torch.device("cpu"))
-    dataset, out = Dataset.open(Path(job["dataset"])), Path(job["out"])
-    for run in job["runs"]:
-        try:
-            result = perform(run, gang, dataset, out)
-        except Exception:  # noqa: BLE001 - the test shows it
-            result = {"error": traceback.format_exc()}
-        if rank == 0:
-            (out / f"{run['name']}.json").write_text(json.dumps(result))
-        gang.barrier()
-    torch.distributed.destroy_process_group()
-    # Gloo's threads may still let go of Python objects: an interpreter that winds down under them aborts now and then.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    return partial(perform, gang=gang, dataset=Dataset.open(Path(job["dataset"])), out=Path(job["out"]))
 
 
 if __name__ == "__main__":
-    main()
+    main(prepare, needs_deepspeed=lambda job: True)

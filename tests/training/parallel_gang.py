@@ -1,26 +1,22 @@
 """One worker of a gang without Ray that performs whole runs one after another, for test_parallel.py.
 
-    python parallel_gang.py JOB.json RANK
+    python -m tests.training.parallel_gang JOB.json RANK
 
 JOB.json holds `workers`, `port`, `store`, `dataset` (a digest), `out` and `runs`: each a `name`, the `run` it belongs
 to, a TrainConfig and `stop_after`, the step after which the gang is interrupted (None: never). Worker 0 writes
 OUT/<name>.json: the history and the result, or the error it ended with.
 """
 
-import json
-import os
-import sys
 import time
-import traceback
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from tests.training.gangs import main
 
 from modelyard.config import parse
 from modelyard.training import TrainConfig
 from modelyard.training.checkpoints import CheckpointStore
-from modelyard.training.engine import import_deepspeed
 from modelyard.training.gang import Gang
 from modelyard.training.history import History
 from modelyard.training.interrupts import Interrupted
@@ -89,27 +85,5 @@ def perform(run: dict[str, Any], job: dict[str, Any], rank: int) -> dict[str, An
     return {**result, "records": recorder.records, "flops_per_row": worker._flops_per_row}
 
 
-def main() -> None:
-    """Join the gang, do every run."""
-    job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["workers"])}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    import_deepspeed().init_distributed(dist_init_required=False)
-    for run in job["runs"]:
-        try:
-            result = perform(run, job, rank)
-        except Exception:  # noqa: BLE001 - the test shows it
-            result = {"error": traceback.format_exc()}
-        if rank == 0:
-            (Path(job["out"]) / f"{run['name']}.json").write_text(json.dumps(result, default=str))
-        torch.distributed.barrier()
-    # Gloo's threads may still let go of Python objects: an interpreter that winds down under them aborts now and then.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    main(lambda job, rank: partial(perform, job=job, rank=rank), needs_deepspeed=lambda job: True)

@@ -1,6 +1,6 @@
 """One worker of a gang without Ray that trains whole runs with `TrainLoop`, for test_strategies.py.
 
-    python strategy_gang.py JOB.json RANK
+    python -m tests.training.strategy_gang JOB.json RANK
 
 JOB.json holds `workers`, `port`, `dataset`, `out` and `runs`: each run a `name`, a TrainConfig (`config`) and what to
 do with it: `stop` (steps after which it is cut off, with its newest checkpoint left behind), `from` (name of the run
@@ -10,23 +10,20 @@ OUT/<name>.json: what the run measured, or the error it ended with.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tests.training.gangs import Job, Run, main
 
 from modelyard.config import parse
 from modelyard.data.dataset import Dataset
 from modelyard.training import TrainConfig
 from modelyard.training.batching import plan
 from modelyard.training.checkpoints import TAG, Checkpoint, CheckpointStore, CheckpointWriter, TrainState
-from modelyard.training.engine import import_deepspeed
 from modelyard.training.engines import build_engine
 from modelyard.training.gang import Gang
 from modelyard.training.history import History
@@ -164,32 +161,16 @@ def start(run: dict[str, Any], gang: Gang, out: Path, load: Callable[[Path, str]
     return newest.state.with_changes(num_workers=gang.num_workers), history
 
 
-def main() -> None:
-    """Join the gang, do every run."""
-    job, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["workers"])}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    if any(run["config"]["training"]["strategy"]["kind"] == "all_reduce" for run in job["runs"]):
-        import_deepspeed().init_distributed(dist_init_required=False)
+def prepare(job: Job, rank: int) -> Callable[[Run], Any]:
+    """What does a run of this gang."""
     gang = Gang(rank=rank, num_workers=job["workers"], device=torch.device("cpu"))
-    dataset, out = Dataset.open(Path(job["dataset"])), Path(job["out"])
-    for run in job["runs"]:
-        try:
-            result = perform(run, gang, dataset, out)
-        except Exception:  # noqa: BLE001 - the test shows it
-            result = {"error": traceback.format_exc()}
-            print(result["error"], flush=True)
-        if rank == 0:
-            (out / f"{run['name']}.json").write_text(json.dumps(result))
-        gang.barrier()
-    torch.distributed.destroy_process_group()
-    # Gloo's threads may still let go of Python objects: an interpreter that winds down under them aborts now and then.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    return partial(perform, gang=gang, dataset=Dataset.open(Path(job["dataset"])), out=Path(job["out"]))
+
+
+def uses_all_reduce(job: Job) -> bool:
+    """Whether a run of the job is DeepSpeed's."""
+    return any(run["config"]["training"]["strategy"]["kind"] == "all_reduce" for run in job["runs"])
 
 
 if __name__ == "__main__":
-    main()
+    main(prepare, needs_deepspeed=uses_all_reduce)

@@ -6,21 +6,18 @@ takes longer than training. The dataset's sequences are easy: a loss that does n
 
 from __future__ import annotations
 
-import json
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.training.gangs import perform
 
 from modelyard.errors import ConfigError
 from modelyard.training.checkpoints import to_universal
 from modelyard.training.deepspeed_config import check_written_by
 
-GANG = Path(__file__).with_name("engine_gang.py")
 STEPS = 8
 EXACT = 1e-6
 """Nats: the same arithmetic in the same order."""
@@ -69,25 +66,7 @@ RESIZABLE = [name for name in NAMES if not name.endswith("-0") and not name.star
 
 def gang(runs: list[Any], workers: int, folder: Path, out: Path, timeout_s: float = 420.0) -> dict[str, Any]:
     """Run all of `runs` on one gang; their results by name."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = out / f"job-{workers}.json"
-    job.write_text(
-        json.dumps({"workers": workers, "port": port, "dataset": str(folder), "out": str(out), "runs": runs})
-    )
-    log = out / f"log-{workers}.txt"
-    with log.open("wb") as said:
-        command = [sys.executable, "-W", "ignore", str(GANG), str(job)]
-        processes = [subprocess.Popen([*command, str(rank)], stdout=said, stderr=said) for rank in range(workers)]
-        try:
-            codes = [process.wait(timeout_s) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait(10)
-    assert not any(codes), log.read_text()[-4000:]
-    return {each["name"]: json.loads((out / f"{each['name']}.json").read_text()) for each in runs}
+    return perform("engine_gang", {"workers": workers, "dataset": str(folder), "runs": runs}, out, timeout_s)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,6 @@ longer than training.
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.gangs import perform
 
 from modelyard.artifacts.store import Store
 from modelyard.cluster import Node
@@ -35,7 +33,6 @@ from modelyard.training.pipeline import in_stages
 from modelyard.training.sequence import require_causal_attention
 from modelyard.training.tensor import require_plan
 
-GANG = Path(__file__).with_name("parallel_gang.py")
 STEPS, HALF = 6, 3
 FP32 = 2e-5
 """Nats: sums in another order."""
@@ -269,24 +266,9 @@ def gang(workers: int, runs: list[dict[str, Any]], folder: Path, out: Path) -> d
     """Perform `runs` on a gang of `workers`; results by name."""
     store = Store(str(out / "store"), out / "cache")
     digest = store.put(folder, kind="dataset", name="tokens").digest()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    job = out / f"job-{workers}-{runs[0]['name']}.json"
-    plain = {"workers": workers, "port": port, "store": store.uri, "dataset": digest, "out": str(out), "runs": runs}
-    job.write_text(json.dumps(plain))
-    log = job.with_suffix(".log")
-    with log.open("wb") as said:
-        command = [sys.executable, "-W", "ignore", str(GANG), str(job)]
-        processes = [subprocess.Popen([*command, str(rank)], stdout=said, stderr=said) for rank in range(workers)]
-        try:
-            codes = [process.wait(400) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait(10)
-    assert not any(codes), log.read_text()[-4000:]
-    return {each["name"]: json.loads((out / f"{each['name']}.json").read_text()) for each in runs}
+    return perform(
+        "parallel_gang", {"workers": workers, "store": store.uri, "dataset": digest, "runs": runs}, out, 400.0
+    )
 
 
 def run(name: str, workers: int, stage: int, *, of: str = "", stop: int | None = None, **training: Any) -> Any:

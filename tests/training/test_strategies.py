@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.training.gangs import perform
 
 from modelyard.data.dataset import Dataset
 from modelyard.data.order import SampleOrder
@@ -22,7 +20,6 @@ from modelyard.training.batching import plan
 from modelyard.training.runs import identity
 from modelyard.training.schedule import rate_factor
 
-GANG = Path(__file__).with_name("strategy_gang.py")
 FP32 = 2e-5
 """Nats after 12 steps when gradients are summed in another order."""
 STEPS = 12
@@ -72,28 +69,11 @@ ON_TWO: list[tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
 
 def gang(runs: list[Any], workers: int, config: Callable[..., TrainConfig], out: Path) -> dict[str, Any]:
     """Run all of `runs` one after another on one gang of processes; their results by name."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     plain = []
     for name, strategy, training, sections, todo in runs:
         made = config(workers=workers, training={"strategy": strategy, **training}, **sections)
         plain.append({"name": name, "config": made.model_dump(mode="json"), **todo})
-    job, log = out / f"job-{workers}.json", out / f"log-{workers}.txt"
-    job.write_text(
-        json.dumps({"workers": workers, "port": port, "dataset": made.dataset, "out": str(out), "runs": plain})
-    )
-    with log.open("wb") as said:
-        command = [sys.executable, "-W", "ignore", str(GANG), str(job)]
-        processes = [subprocess.Popen([*command, str(rank)], stdout=said, stderr=said) for rank in range(workers)]
-        try:
-            codes = [process.wait(300) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait(10)
-    assert not any(codes), log.read_text()[-4000:]
-    return {name: json.loads((out / f"{name}.json").read_text()) for name, *_ in runs}
+    return perform("strategy_gang", {"workers": workers, "dataset": made.dataset, "runs": plain}, out, 300.0)
 
 
 @pytest.fixture(scope="module")
