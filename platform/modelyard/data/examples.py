@@ -18,7 +18,7 @@ from modelyard.data.config import MaskedImages, PrepareConfig
 from modelyard.data.dataset import Column, DatasetInfo
 from modelyard.data.progress import OnProgress, Progress, finished
 from modelyard.data.selection import Chosen
-from modelyard.data.shards import ShardWriter
+from modelyard.data.shards import SplitWriters
 from modelyard.data.sources import Example, Part
 from modelyard.errors import DataError
 
@@ -137,9 +137,7 @@ def _survey(examples: Any, chosen: Chosen, shape: Form) -> tuple[tuple[str, ...]
             f"the images have {len(sizes)} different sizes: {', '.join(sizes[:5])}",
             f"set {shape.format}.height and {shape.format}.width, and they are resized",
         )
-    numeric = all(name.lstrip("-").isdigit() for name in names)
-    ordered = sorted(names, key=int) if numeric else sorted(names)
-    return tuple(ordered), {name: found.pop() for name, found in shapes.items()}
+    return selection.ordered(names), {name: found.pop() for name, found in shapes.items()}
 
 
 def _columns(shape: Form, shapes: dict[str, tuple[int, ...]]) -> tuple[Column, ...]:
@@ -159,8 +157,7 @@ def _write(
     report: OnProgress,
 ) -> dict[str, int]:
     shape, columns, names = form
-    splits = list(config.splits.shares())
-    writers = [ShardWriter(folder, name, columns, config.rows_per_shard) for name in splits]
+    writers = SplitWriters(folder, list(config.splits.shares()), columns, config.rows_per_shard)
     codes = {name: code for code, name in enumerate(names)}
     done = 0
     for table in execution.tables(examples):
@@ -172,16 +169,11 @@ def _write(
         }
         if shape.names is not None:
             rows[shape.names[0]] = _numbered(kept["names"].to_pylist(), codes, shape.names[1])
-        for code, writer in enumerate(writers):
-            here = places == code
-            if here.any():
-                writer.write({name: values[here] for name, values in rows.items()})
+        writers.write(rows, places)
         done += kept.num_rows
         if done < len(chosen.ids):
             report(Progress("pack", done, len(chosen.ids), {}))
-    for writer in writers:
-        writer.close()
-    counts = {name: writer.num_rows for name, writer in zip(splits, writers, strict=True)}
+    counts = writers.close()
     report(finished("pack", classes=len(names), **{f"{name}_rows": count for name, count in counts.items()}))
     return counts
 

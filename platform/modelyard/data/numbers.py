@@ -13,7 +13,7 @@ from modelyard.data import deduplication, sources, splitting
 from modelyard.data.config import NumberTable, PrepareConfig
 from modelyard.data.dataset import Column, DatasetInfo
 from modelyard.data.progress import OnProgress, finished
-from modelyard.data.shards import ShardWriter
+from modelyard.data.shards import SplitWriters
 from modelyard.data.sources import Part
 from modelyard.errors import DataError
 
@@ -78,11 +78,9 @@ def write_splits(
                 f"split {name!r} is empty: none of the {len(codes)} rows falls into its share",
                 f"raise splits.{name}, or set it to 0 to do without it",
             )
-    for code, name in enumerate(names):
-        writer = ShardWriter(folder, name, columns, rows_per_shard)
-        writer.write({column: values[codes == code] for column, values in table.items()})
-        writer.close()
-    return counts
+    writers = SplitWriters(folder, names, columns, rows_per_shard)
+    writers.write(dict(table), codes)
+    return writers.close()
 
 
 def _numbered(letter: str, count: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from modelyard.data.config import ImageConfig, PrepareConfig
 from modelyard.data.dataset import Column, DatasetInfo
 from modelyard.data.progress import OnProgress, Progress, finished
 from modelyard.data.selection import Chosen
-from modelyard.data.shards import ShardWriter
+from modelyard.data.shards import SplitWriters
 from modelyard.data.sources import Part
 from modelyard.errors import DataError
 
@@ -92,9 +92,7 @@ def _survey(pictures: Any, chosen: Chosen) -> tuple[tuple[str, ...], tuple[int, 
             f"the images have {len(sizes)} different sizes: {', '.join(sizes[:5])}",
             "set images.height and images.width, and they are resized",
         )
-    numeric = all(label.lstrip("-").isdigit() for label in labels)
-    classes = sorted(labels, key=int) if numeric else sorted(labels)
-    return tuple(classes), shapes.pop()
+    return selection.ordered(labels), shapes.pop()
 
 
 def _write(
@@ -106,8 +104,7 @@ def _write(
     folder: Path,
     report: OnProgress,
 ) -> dict[str, int]:
-    names = list(config.splits.shares())
-    writers = [ShardWriter(folder, name, columns, config.rows_per_shard) for name in names]
+    writers = SplitWriters(folder, list(config.splits.shares()), columns, config.rows_per_shard)
     codes = {name: code for code, name in enumerate(classes)}
     done = 0
     for table in execution.tables(pictures, ["id", "label", "pixels"]):
@@ -116,15 +113,10 @@ def _write(
         data = b"".join(kept["pixels"].to_pylist())
         pixels = np.frombuffer(data, np.uint8).reshape(-1, *columns[0].shape)
         labels = np.array([codes[label] for label in kept["label"].to_pylist()], np.int64)
-        for code, writer in enumerate(writers):
-            here = splits == code
-            if here.any():
-                writer.write({PIXELS: pixels[here], LABEL: labels[here]})
+        writers.write({PIXELS: pixels, LABEL: labels}, splits)
         done += len(labels)
         if done < len(chosen.ids):
             report(Progress("pack", done, len(chosen.ids), {}))
-    for writer in writers:
-        writer.close()
-    rows = {name: writer.num_rows for name, writer in zip(names, writers, strict=True)}
+    rows = writers.close()
     report(finished("pack", classes=len(classes), **{f"{name}_rows": count for name, count in rows.items()}))
     return rows

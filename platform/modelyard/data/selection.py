@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,6 +117,12 @@ def _check_sizes(sizes: Mapping[str, int], kept: int, config: PrepareConfig) -> 
                 f"split {name!r} is empty: none of the {kept} documents falls into its share of {share:g}",
                 _split_todo(name, kept),
             )
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes, sorted: as numbers when they all are."""
+    found = set(names)
+    return tuple(sorted(found, key=int) if all(name.lstrip("-").isdigit() for name in found) else sorted(found))
 
 
 def _split_todo(name: str, kept: int) -> str:

@@ -18,7 +18,7 @@ from modelyard.data.config import PrepareConfig, SentenceConfig, TaggedText, Tok
 from modelyard.data.dataset import TOKENIZER_FOLDER, Column, DatasetInfo
 from modelyard.data.progress import OnProgress, Progress, finished
 from modelyard.data.selection import Chosen
-from modelyard.data.shards import ShardWriter
+from modelyard.data.shards import SplitWriters
 from modelyard.data.sources import Part
 from modelyard.data.text import train_tokenizer
 from modelyard.data.tokenizer import Tokenizer
@@ -138,24 +138,19 @@ def _write(
     found: Any, chosen: Chosen, encoding: Encoding, config: PrepareConfig, folder: Path, report: OnProgress
 ) -> tuple[dict[str, int], int]:
     """Tokenize on the workers, write here in the order of ids. Rows of each split, and how many texts were cut."""
-    names, columns = list(config.splits.shares()), encoding.columns()
-    writers = [ShardWriter(folder, name, columns, config.rows_per_shard) for name in names]
+    columns = encoding.columns()
+    writers = SplitWriters(folder, list(config.splits.shares()), columns, config.rows_per_shard)
     done = cut = 0
     encoded = found.map_batches(
         partial(_encode, chosen=chosen, encoding=encoding), batch_size=None, batch_format="pyarrow"
     )
     for table in execution.tables(encoded):
-        splits = table["split"].to_numpy()
         rows = {column.name: _rows(table[column.name], column) for column in columns}
-        for code, writer in enumerate(writers):
-            if (splits == code).any():
-                writer.write({name: values[splits == code] for name, values in rows.items()})
+        writers.write(rows, table["split"].to_numpy())
         done, cut = done + table.num_rows, cut + int(table["cut"].to_numpy().sum())
         if done < len(chosen.ids):
             report(Progress("pack", done, len(chosen.ids), {}))
-    for writer in writers:
-        writer.close()
-    counts = {name: writer.num_rows for name, writer in zip(names, writers, strict=True)}
+    counts = writers.close()
     shown = {f"{name}_rows": count for name, count in counts.items()}
     report(finished("pack", classes=len(encoding.classes), cut_short=cut, **shown))
     return counts, cut

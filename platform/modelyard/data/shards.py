@@ -84,6 +84,26 @@ class ShardWriter:
         self._num_pending -= count
 
 
+class SplitWriters:
+    """Writes all splits of a dataset at once; the caller keeps the order of the rows."""
+
+    def __init__(self, folder: Path, splits: Sequence[str], columns: Sequence[Column], rows_per_shard: int) -> None:
+        self._writers = {name: ShardWriter(folder, name, columns, rows_per_shard) for name in splits}
+
+    def write(self, rows: Rows, codes: npt.NDArray[Any]) -> None:
+        """Append rows, each column (n, *shape), to the splits that `codes` (n,) say: places in `splits`."""
+        for code, writer in enumerate(self._writers.values()):
+            here = codes == code
+            if here.any():
+                writer.write({name: values[here] for name, values in rows.items()})
+
+    def close(self) -> dict[str, int]:
+        """Name the shards; the number of rows of each split."""
+        for writer in self._writers.values():
+            writer.close()
+        return {name: writer.num_rows for name, writer in self._writers.items()}
+
+
 def find(folder: Path) -> dict[str, list[Path]]:
     """The shards of each split in `folder`, in order.
 
