@@ -154,9 +154,9 @@ class Soak:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             rows = json.loads(after(self.must("queue", "--json"), "["))
-            mine = [row for row in rows if f"long-{number}" in str(row)]
-            if mine and "running" in str(mine[0]):
-                self.modelyard("queue", "cancel", str(mine[0]["job_id"] if "job_id" in mine[0] else mine[0]["job"]))
+            mine = [row for row in rows if row["job"] == f"long-{number}"]
+            if mine and mine[0]["state"] == "running":
+                self.modelyard("queue", "cancel", mine[0]["job"])
                 self.cancelled += 1
                 return
             time.sleep(1)
@@ -187,12 +187,11 @@ class Soak:
         stored = json.loads((self.folder / "home" / "laptop.json").read_text())
         from modelyard.clusters.laptop import ENV_ID
 
-        memory = files = processes = shared = 0.0
+        memory = files = processes = 0.0
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(ENV_ID) == stored["cluster_id"]:
-                    full = process.memory_full_info()
-                    memory, shared = memory + full.pss, shared + full.shared
+                    memory += process.memory_full_info().pss
                     files += process.num_fds()
                     processes += 1
         words = [sys.executable, "-c", LOOK]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from modelyard.artifacts import Registry
 from modelyard.cluster import Cluster, RayCluster, connect
-from modelyard.errors import CapacityError, UnavailableError, WaitTimeoutError
+from modelyard.errors import CapacityError
 from modelyard.tasks.distillation import Distillation, TeacherService
 from modelyard.tasks.teachers import DEPLOYMENT
 from modelyard.training.config import Workers
 
 if TYPE_CHECKING:
     from ray.serve import Application
-
-_POLL_S = 0.5
 
 
 @contextmanager
@@ -42,6 +39,7 @@ def teaching(
     from ray import serve
 
     from modelyard.serving.deployment.check import check_placement
+    from modelyard.serving.deployment.control import wait_for_application
 
     assert distillation.teacher is not None
     version = registry.resolve(distillation.teacher, kind="model")
@@ -55,7 +53,9 @@ def teaching(
             _application(service, registry.store.uri, version.digest), name=application, route_prefix=None
         )
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _wait(application, service.start_timeout_s)
+        wait_for_application(
+            application, f"the teacher {application}", service.start_timeout_s, "service.start_timeout_s"
+        )
         yield distillation.with_changes(service=service.with_changes(application=application).model_dump(mode="json"))
     finally:
         if was_there:
@@ -159,21 +159,3 @@ def is_serve_running() -> bool:
     from ray.serve.context import _get_global_client
 
     return _get_global_client(raise_if_no_controller_running=False) is not None
-
-
-def _wait(application: str, timeout_s: float) -> None:
-    """Until the application runs."""
-    from ray import serve
-
-    deadline = time.monotonic() + timeout_s
-    while True:
-        now = serve.status().applications.get(application)
-        if now is not None and now.status == "RUNNING":
-            return
-        if now is not None and now.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            lines = [line for d in now.deployments.values() for line in d.message.strip().splitlines() if line.strip()]
-            reason = lines[-1] if lines else now.message or "no reason was given"
-            raise UnavailableError(f"the teacher {application} does not start: {reason}", "see the replica's log")
-        if time.monotonic() > deadline:
-            raise WaitTimeoutError(f"the teacher {application} to run", timeout_s, "service.start_timeout_s")
-        time.sleep(_POLL_S)

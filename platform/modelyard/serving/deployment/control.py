@@ -102,7 +102,7 @@ def up(config: ServingConfig, say: Say) -> dict[str, Deployed]:
     for app, _, _ in resolved:
         _wait(app, say)
     if config.gateway is not None:
-        _wait_for_gateway()
+        wait_for_application(GATEWAY, "the gateway", GATEWAY_TIMEOUT_S, "control.GATEWAY_TIMEOUT_S")
     return current()
 
 
@@ -253,18 +253,27 @@ def _wait(app: ModelApp, say: Say) -> None:
         time.sleep(POLL_S)
 
 
-def _wait_for_gateway() -> None:
+def wait_for_application(name: str, what: str, timeout_s: float, setting: str) -> None:
+    """Until an application of Ray Serve runs; `what` and `setting`, which the timeout comes from, are for errors.
+
+    Raises:
+        UnavailableError: it does not start; says why.
+        WaitTimeoutError: it took too long.
+    """
     from ray import serve
 
-    deadline = time.monotonic() + GATEWAY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while True:
-        now = serve.status().applications.get(GATEWAY)
+        now = serve.status().applications.get(name)
         if now is not None and now.status == "RUNNING":
             return
         if now is not None and now.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise UnavailableError(f"the gateway does not start: {_last_line(now.message)}", "see `serve status`")
+            said = [_last_line(each.message) for each in now.deployments.values() if each.message.strip()]
+            raise UnavailableError(
+                f"{what} does not start: {[*said, _last_line(now.message)][0]}", "see `serve status`"
+            )
         if time.monotonic() > deadline:
-            raise WaitTimeoutError("the gateway to run", GATEWAY_TIMEOUT_S, "control.GATEWAY_TIMEOUT_S")
+            raise WaitTimeoutError(f"{what} to run", timeout_s, setting)
         time.sleep(POLL_S)
 
 
