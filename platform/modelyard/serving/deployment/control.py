@@ -268,10 +268,9 @@ def wait_for_application(name: str, what: str, timeout_s: float, setting: str) -
         if now is not None and now.status == "RUNNING":
             return
         if now is not None and now.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            said = [_last_line(each.message) for each in now.deployments.values() if each.message.strip()]
-            raise UnavailableError(
-                f"{what} does not start: {[*said, _last_line(now.message)][0]}", "see `serve status`"
-            )
+            messages = [*(each.message for each in now.deployments.values()), now.message]
+            said = next((message for message in messages if message.strip()), "")
+            raise UnavailableError(f"{what} does not start: {_last_line(said)}", "see `serve status`")
         if time.monotonic() > deadline:
             raise WaitTimeoutError(f"{what} to run", timeout_s, setting)
         time.sleep(POLL_S)
