@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,13 +164,28 @@ def train(runs: dict[str, dict[str, Any]], workers: int, folder: Path) -> dict[s
         payload.append({"job": job.model_dump(mode="json"), "factor": run["factor"], "traffic": traffic})
     monitor = start_monitor("strategies")
     arguments = {"runs": payload, "monitor": monitor}
-    trainer(run_all, arguments, config, monitor=monitor, storage_uri=str(folder / "ray")).fit()
+    done = threading.Event()
+    threading.Thread(target=report, args=(list(runs), folder, done), daemon=True).start()
+    try:
+        trainer(run_all, arguments, config, monitor=monitor, storage_uri=str(folder / "ray")).fit()
+    finally:
+        done.set()
     found = {}
     for number, (name, run) in enumerate(runs.items()):
         traffic = json.loads((folder / f"traffic-{number}.json").read_text())
         found[name] = measured(RunFolder(f"{store.uri}/runs/run-{number}"), run["config"], traffic)
     ray.kill(monitor)
     return found
+
+
+def report(names: list[str], folder: Path, done: threading.Event) -> None:
+    """Say on stderr when each run has ended, until `done`."""
+    for number, name in enumerate(names):
+        traffic = folder / f"traffic-{number}.json"
+        while not traffic.exists():
+            if done.wait(0.5):
+                return
+        print(f"{number + 1}/{len(names)} {name}", file=sys.stderr, flush=True)
 
 
 def measured(folder: Any, config: dict[str, Any], traffic: dict[str, float]) -> dict[str, Any]:

@@ -409,12 +409,11 @@ WORKLOADS = (
         "task.patch=7",
         "task.layers=6",
         "task.dropout=0.0",
-        "task.jitter=0.1",
-        "training.max_steps=2000",
-        "training.global_batch_size=32",
-        "training.micro_batch_size=32",
-        "optimizer.learning_rate=0.0007",
-        "schedule.warmup_steps=100",
+        "task.jitter=0.08",
+        "training.max_steps=4000",
+        "optimizer.learning_rate=0.001",
+        "schedule.warmup_steps=200",
+        "validation.every_steps=500",
     ),
     Workload(
         "entities in tweets", "entities", "entity_f1", _beats(), "beats lookup", tag_lookup, ("entities", "minilm")

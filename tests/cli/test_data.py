@@ -3,10 +3,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from tests.tasks.conftest import write_dataset
+from tests.tasks.scenes import boxes_info, speech_info
 
+from modelyard.artifacts import Registry
 from modelyard.cli.data import data
 from modelyard.cli.main import run
 
@@ -72,6 +76,29 @@ def test_a_corpus_is_prepared_and_shown(tmp_path: Path, capsys: pytest.CaptureFi
     assert "datasets:/cats/1" in output
     assert "8 tokens" in output
     assert "Story" in output
+
+
+def test_boxes_and_spoken_texts_are_shown_as_people_write_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODELYARD_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MODELYARD_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    boxes, speech = boxes_info(), speech_info()
+    rows = {column.name: np.zeros((1, *column.shape), column.dtype) for column in boxes.columns}
+    height, width = rows["pixels"].shape[2:]
+    rows["labels"][0, 1:] = -1
+    rows["boxes"][0, 0] = [0.5, 0.25, 4 / width, 2 / height]
+    spoken = {column.name: np.zeros((1, *column.shape), column.dtype) for column in speech.columns}
+    spoken["text"][0] = [1, 0, *[-1] * (spoken["text"].shape[1] - 2)]
+    registry = Registry.from_settings()
+    for name, info, written in (("scenes", boxes, rows), ("spoken", speech, spoken)):
+        folder = write_dataset(tmp_path / name, info, {"train": written})
+        registry.register(registry.store.put(folder, kind="dataset", name=name))
+    assert exit_of("show", "scenes", "--samples", "1") == 0
+    corners = [width // 2 - 2, height // 4 - 1, width // 2 + 2, height // 4 + 1]
+    assert f"labels: {boxes.classes[0]} at {corners}\n" in capsys.readouterr().out
+    assert exit_of("show", "spoken", "--samples", "1") == 0
+    assert f"text: {speech.classes[1]}{speech.classes[0]}\n" in capsys.readouterr().out
 
 
 @pytest.mark.ray

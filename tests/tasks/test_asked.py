@@ -41,7 +41,7 @@ from modelyard.tasks.object_detection import DeformableDetrModel
 from modelyard.tasks.semantic_segmentation import SegformerModel
 from modelyard.tasks.speech_recognition import ConformerModel
 
-from .conftest import images_info, texts_folder, write_dataset
+from .conftest import images_info, measure, texts_folder, write_dataset
 from .scenes import boxes_info, masks_info, speech_info, tones, wav
 
 TONES = wav(tones("abc", np.random.default_rng(0)))
@@ -229,6 +229,15 @@ def test_sound_may_come_as_numbers_or_as_a_file(key: str, gateway: Running) -> N
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_task_says_beforehand_what_it_measures(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    dataset = case.dataset(tmp_path / "data")
+    model = case.task.build(Dataset.open(dataset).info, dataset)
+    found = case.task.metrics(measure(case.task, model, dataset, split="train"))
+    assert set(found) == set(case.task.metric_names)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_the_command_line_answers_as_the_task_does(
     name: str, shop: tuple[Registry, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +251,31 @@ def test_the_command_line_answers_as_the_task_does(
     assert result.exit_code == 0, result.output
     assert result.output.startswith(f"{case.typed}: ")
     assert close(json.loads(result.output.removeprefix(f"{case.typed}: ")), expected(case, folder / case.name))
+
+
+@pytest.mark.parametrize("name", ["object_detection", "semantic_segmentation", "regression"])
+def test_answers_are_written_to_a_folder_and_drawn_where_there_is_something_to_see(
+    name: str, shop: tuple[Registry, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, folder = CASES[name], shop[1]
+    monkeypatch.setenv("MODELYARD_STORE", str(folder / "store"))
+    monkeypatch.setenv("MODELYARD_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    Path("eye.png").write_bytes(_png(np.eye(8, dtype=np.uint8)))
+    asked = ["predict", f"models:/{case.name}", case.typed, "--out", "answers"]
+    result = CliRunner().invoke(modelyard, asked, catch_exceptions=False)
+    drawn = [] if name == "regression" else ["answers/1.png"]
+    assert result.output == f"{case.typed}: {', '.join(['answers/1.json', *drawn])}\n"
+    assert close(json.loads(Path("answers/1.json").read_text()), expected(case, folder / case.name))
+    for path in drawn:
+        assert _pixels(path).shape == (8, 8, 3)
+        assert (_pixels(path).max(axis=-1) > 1).any(), "something is drawn over the picture of zeros and ones"
+
+
+def _pixels(path: str) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path))
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -142,6 +142,10 @@ def test_a_field_is_laid_into_a_section_written_in_short() -> None:
             {"scheduler": {"kind": "asha"}, "objectives": [{"metric": m, "mode": "min"} for m in ("loss", "cost")]},
             "compares trials by one objective",
         ),
+        (
+            {"objectives": [{"metric": "perplexty", "mode": "min"}]},
+            r"objectives\.0\.metric: task causal_lm has no 'perplexty'; did you mean 'perplexity'",
+        ),
     ],
 )
 def test_parts_of_a_study_that_do_not_fit_are_refused(

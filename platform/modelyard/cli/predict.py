@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
@@ -20,10 +21,21 @@ import click
     help="Nucleus to sample from.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write each answer here as NUMBER.json, drawn as NUMBER.png where its task can; not for texts that go on.",
+)
 def predict_command(
-    ref: str, inputs: tuple[str, ...], max_new_tokens: int | None, temperature: float, top_p: float, seed: int
+    ref: str,
+    inputs: tuple[str, ...],
+    max_new_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    out: Path | None,
 ) -> None:
-    """Answer INPUTS with the model REF: texts, files of images, or JSON, as its task takes them."""
+    """Answer INPUTS with the model REF: texts, files of pictures or sound, or JSON, as its task takes them."""
     from modelyard.artifacts.registry import Registry
     from modelyard.tasks import CausalLM, load_model
 
@@ -37,5 +49,15 @@ def predict_command(
             click.echo(click.style(prompt, bold=True) + answer)
         return
     given = [task.parse_input(text) for text in inputs]
-    for text, answer in zip(inputs, task.predict(model, given), strict=True):
-        click.echo(f"{text}: {json.dumps(answer, default=str)}")
+    for number, (text, value, answer) in enumerate(zip(inputs, given, task.predict(model, given), strict=True), 1):
+        written = json.dumps(answer, default=str)
+        if out is None:
+            click.echo(f"{text}: {written}")
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{number}.json").write_text(written + "\n", encoding="utf-8")
+        names = [f"{number}.json"]
+        if (drawn := task.draw(value, answer)) is not None:
+            drawn.save(out / f"{number}.png")
+            names.append(f"{number}.png")
+        click.echo(f"{text}: {', '.join(str(out / name) for name in names)}")

@@ -21,6 +21,7 @@ from modelyard.tasks.classification_metrics import Score, class_scores
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
     from torch import Tensor, device, nn
 
     from modelyard.data.dataset import DatasetInfo
@@ -39,6 +40,8 @@ class Task(Config, ABC):
     """Name of the task; each task fixes its own, by which configs choose it."""
 
     uploads: ClassVar[Uploads] = "none"
+    metric_names: ClassVar[tuple[str, ...]] = ()
+    """What `metrics` may return, so that a misspelt name is refused before any work; empty where it is not known."""
 
     @property
     @abstractmethod
@@ -147,6 +150,10 @@ class Task(Config, ABC):
     @abstractmethod
     def predict(self, model: nn.Module, inputs: Sequence[Any], **options: Any) -> list[Any]:
         """One answer per input, in order; inputs may come as plain Python values or as numpy arrays."""
+
+    def draw(self, given: Any, answer: Any) -> Image | None:
+        """A picture of `answer`, an answer of `predict` to `given`; None where there is nothing to look at."""
+        return None
 
     def parse_input(self, text: str) -> Any:
         """What `predict` takes, from what a person wrote on a command line. Default: JSON, else the text itself.

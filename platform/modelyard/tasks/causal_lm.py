@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -38,6 +38,8 @@ class CausalLM(Task):
     """A model from scratch (`architecture: llama`, sizes) or one to go on from (`pretrained: FOLDER`)."""
     lora: Lora | None = None
     """Train adapters instead of all weights."""
+
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")
 
     @property
     def objective(self) -> Objective:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -41,6 +41,8 @@ class Forecasting(OwnNetwork):
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
     seasonal: bool = True
     """Look at, and foretell, differences to the season before (as Box and Jenkins do); False: the values themselves."""
+
+    metric_names: ClassVar[tuple[str, ...]] = ("mase", "seasonal_naive_mase", "wape", "mae", "rmse")
 
     @property
     def objective(self) -> Objective:

@@ -27,6 +27,7 @@ class ImageClassification(OwnNetwork):
     """A network from scratch on images of one size, (C, H, W) uint8 pixels."""
 
     uploads: ClassVar[Uploads] = "pictures"
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
     kind: Literal["image_classification"] = "image_classification"
     architecture: Literal["cnn", "mlp", "linear", "resnet18", "vit_tiny"] = "cnn"
     """`cnn`: convolutions with pooling, then two dense layers. `mlp`: the two dense layers alone. `linear`: one layer,

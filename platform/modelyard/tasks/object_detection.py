@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -16,9 +17,19 @@ from modelyard.tasks.classification_metrics import BoxScore, Score
 from modelyard.tasks.image_classification import PIXELS
 from modelyard.tasks.language_models import PretrainedModel, folder_or
 from modelyard.tasks.own_network import answering, plain_module, refuse_options
-from modelyard.tasks.vision import VisionTask, image_shape, normalise, picture, pixel_tensor, stacked
+from modelyard.tasks.vision import (
+    VisionTask,
+    colour,
+    image_shape,
+    normalise,
+    open_picture,
+    picture,
+    pixel_tensor,
+    stacked,
+)
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, device, nn
 
     from modelyard.data.dataset import DatasetInfo
@@ -76,6 +87,8 @@ class ObjectDetection(VisionTask):
 
     format: ClassVar[str] = "boxes"
     auto_class: ClassVar[str] = "AutoModelForObjectDetection"
+
+    metric_names: ClassVar[tuple[str, ...]] = ("map", "map_50", "map_75", "loss")
 
     @property
     def objective(self) -> Objective:
@@ -223,6 +236,18 @@ class ObjectDetection(VisionTask):
                 ]
             )
         return answers
+
+    def draw(self, given: Any, answer: Any) -> Image:
+        """The picture with each box, its class and how sure the model is of it."""
+        from PIL.ImageDraw import Draw
+
+        drawn = open_picture(given).convert("RGB")
+        pen = Draw(drawn)
+        for found in reversed(answer):  # the surest last, on top
+            shade = colour(zlib.crc32(found["label"].encode()))  # the same in every picture
+            pen.rectangle(found["box"], outline=shade)
+            pen.text(found["box"][:2], f"{found['label']} {found['score']:.2f}", fill=shade, anchor="lb")
+        return drawn
 
     def _answers(self, model: nn.Module, pixels: Tensor) -> tuple[list[Answer], Answer | None]:
         from modelyard.tasks.detection_models import answers

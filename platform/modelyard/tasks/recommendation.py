@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -38,6 +38,8 @@ class Recommendation(OwnNetwork):
     heads: int = Field(default=2, gt=0)
     """Attention heads (sequence only)."""
     dropout: float = Field(default=0.2, ge=0.0, lt=1.0)
+
+    metric_names: ClassVar[tuple[str, ...]] = ("ndcg_at_10", "hit_rate_at_10", "mrr", "popularity_ndcg_at_10")
 
     @property
     def objective(self) -> Objective:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class Regression(OwnNetwork):
     kind: Literal["regression"] = "regression"
     hidden: tuple[int, ...] = ()
     """Width of each hidden layer; none: one linear layer, y = w x + b."""
+
+    metric_names: ClassVar[tuple[str, ...]] = ("rmse", "mae", "r2")
 
     @property
     def objective(self) -> Objective:

@@ -17,9 +17,19 @@ from modelyard.tasks.classification_metrics import RegionScore, Score
 from modelyard.tasks.image_classification import PIXELS
 from modelyard.tasks.language_models import PretrainedModel, folder_or
 from modelyard.tasks.own_network import answering, refuse_options
-from modelyard.tasks.vision import VisionTask, image_shape, normalise, picture, pixel_tensor, stacked
+from modelyard.tasks.vision import (
+    VisionTask,
+    colour,
+    image_shape,
+    normalise,
+    open_picture,
+    picture,
+    pixel_tensor,
+    stacked,
+)
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, device, nn
 
     from modelyard.data.dataset import DatasetInfo
@@ -76,6 +86,8 @@ class SemanticSegmentation(VisionTask):
 
     format: ClassVar[str] = "masks"
     auto_class: ClassVar[str] = "AutoModelForSemanticSegmentation"
+
+    metric_names: ClassVar[tuple[str, ...]] = ("mean_iou", "pixel_accuracy", "loss")
 
     @property
     def objective(self) -> Objective:
@@ -190,6 +202,23 @@ class SemanticSegmentation(VisionTask):
             seen = {name: float(share) for name, share in zip(names, shares, strict=True) if share}
             answers.append({"mask": _png(numbers), "classes": names, "shares": seen})
         return answers
+
+    def draw(self, given: Any, answer: Any) -> Image:
+        """The picture with each class but the first in a colour over it, and the names of those it holds."""
+        import PIL.Image
+        from PIL.ImageDraw import Draw
+
+        shown = np.asarray(open_picture(given).convert("RGB"))
+        numbers = np.asarray(open_picture(answer["mask"]))
+        shades = np.array([colour(number) for number in range(len(answer["classes"]))], np.uint8)
+        mixed = np.where(numbers[..., None] > 0, shown // 2 + shades[numbers] // 2, shown)
+        drawn = PIL.Image.fromarray(mixed.astype(np.uint8))
+        pen, place = Draw(drawn), 0
+        for number, name in enumerate(answer["classes"]):
+            if number and name in answer["shares"]:
+                pen.text((1, place), name, fill=tuple(shades[number].tolist()))
+                place += 10
+        return drawn
 
 
 def _scores(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class SpeechRecognition(FolderTask):
     """Stretches of time, and of frequency, that are blanked in each row in training (conformers only)."""
 
     uploads: ClassVar[Uploads] = "files"
+    metric_names: ClassVar[tuple[str, ...]] = ("wer", "cer", "right_texts", "loss")
     auto_class: ClassVar[str] = "AutoModelForCTC"
 
     @property

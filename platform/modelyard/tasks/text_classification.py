@@ -28,6 +28,8 @@ class TextClassification(EncoderTask):
     format: ClassVar[str] = "labelled_text"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
+
     @property
     def objective(self) -> Objective:
         return ("macro_f1", "max")

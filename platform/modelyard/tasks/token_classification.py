@@ -43,6 +43,15 @@ class TokenClassification(EncoderTask):
     format: ClassVar[str] = "tagged_text"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
 
+    metric_names: ClassVar[tuple[str, ...]] = (
+        "entity_f1",
+        "entity_precision",
+        "entity_recall",
+        "macro_entity_f1",
+        "word_accuracy",
+        "loss",
+    )
+
     @property
     def objective(self) -> Objective:
         return ("entity_f1", "max")

@@ -21,6 +21,7 @@ from modelyard.tasks.language_models import PretrainedModel
 from modelyard.tasks.own_network import plain_module
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from modelyard.data.dataset import DatasetInfo
@@ -165,42 +166,58 @@ def picture(value: Any, shape: Sequence[int]) -> Picture:
     Raises:
         InputError: it is no picture, or too large a one.
     """
-    from PIL import Image
+    from PIL.Image import Resampling
+
+    opened = open_picture(value)
+    channels, height, width = shape
+    fitted = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Resampling.BILINEAR)
+    pixels = np.asarray(fitted, np.uint8)
+    return Picture(*opened.size, pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0))
+
+
+def open_picture(value: Any) -> Image:
+    """An input of `picture` in its own size.
+
+    Raises:
+        InputError: it is no picture, or too large a one.
+    """
+    from PIL.Image import fromarray
 
     value = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
-    opened: Any
     if isinstance(value, bytes | str):
-        opened = _opened(value)
-    else:
-        array = np.asarray(value)
-        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-            array = np.moveaxis(array, 0, -1)
-        if array.ndim == 3 and array.shape[2] == 1:
-            array = array[:, :, 0]
-        if array.ndim not in (2, 3) or array.size == 0 or (array.ndim == 3 and array.shape[2] != 3):
-            raise InputError(f"an input of the shape {np.shape(value)} is no picture", "give (channels, height, width)")
-        if array.dtype != np.uint8 and not (
-            np.issubdtype(array.dtype, np.integer) and 0 <= array.min() <= array.max() < 256
-        ):
-            raise InputError(f"a picture holds {array.dtype} numbers", "give whole numbers from 0 to 255 (uint8)")
-        opened = Image.fromarray(array.astype(np.uint8))
-    channels, height, width = shape
-    fitted = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(fitted, np.uint8)
-    width, height = opened.size
-    return Picture(width, height, pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0))
+        return _opened(value)
+    array = np.asarray(value)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or array.size == 0 or (array.ndim == 3 and array.shape[2] != 3):
+        raise InputError(f"an input of the shape {np.shape(value)} is no picture", "give (channels, height, width)")
+    if array.dtype != np.uint8 and not (
+        np.issubdtype(array.dtype, np.integer) and 0 <= array.min() <= array.max() < 256
+    ):
+        raise InputError(f"a picture holds {array.dtype} numbers", "give whole numbers from 0 to 255 (uint8)")
+    return fromarray(array.astype(np.uint8))
 
 
-def _opened(value: bytes | str) -> Any:
-    from PIL import Image
+def colour(number: int) -> tuple[int, int, int]:
+    """The colour of a class in drawings, as matplotlib's qualitative map `tab20` has it."""
+    from matplotlib import colormaps
+
+    red, green, blue, _ = colormaps["tab20"](number % 20, bytes=True)
+    return int(red), int(green), int(blue)
+
+
+def _opened(value: bytes | str) -> Image:
+    import PIL.Image
 
     try:
         data = base64.b64decode(value.rpartition(",")[2], validate=True) if isinstance(value, str) else value
-        found = Image.open(io.BytesIO(data))
+        found = PIL.Image.open(io.BytesIO(data))
         if found.width * found.height > MAX_PIXELS:
             raise InputError(f"a picture of {found.width} x {found.height} pixels is too large", "make it smaller")
         found.load()
-    except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (binascii.Error, OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
         raise InputError("an input is no picture", "give an image file in base64") from None
     return found
 

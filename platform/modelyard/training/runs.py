@@ -88,7 +88,7 @@ def choose_run(runs: RunFolder, config: TrainConfig, who: dict[str, Any]) -> str
         record = read_record(runs.sub(config.run))
         if record is not None and record.identity != who:
             raise ConfigError(
-                f"run {config.run!r} exists with other settings: {_differences(record.identity, who)}",
+                f"run {config.run!r} exists with other settings: {differences(record.identity, who)}",
                 "give another name with --run=NAME, or these settings",
             )
         return config.run
@@ -135,7 +135,8 @@ def _digest(plain: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """`seed was 0, now 3`, for each setting of two plain configs that is not the same."""
     before, now = _flat(old), _flat(new)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return "; ".join(f"{key} was {json.dumps(before.get(key))}, now {json.dumps(now.get(key))}" for key in changed)

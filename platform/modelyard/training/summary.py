@@ -24,8 +24,10 @@ def loss_curve(history: History, path: Path, title: str) -> Path | None:
     axes.plot(*zip(*losses, strict=True), color="tab:blue", linewidth=0.8, alpha=0.5, label="training, each step")
     smooth = _smoothed(losses)
     axes.plot(*zip(*smooth, strict=True), color="tab:blue", linewidth=1.8, label="training, smoothed")
-    for field in sorted({name for record in history.records for name in record if name.endswith("_loss")}):
-        axes.plot(*zip(*history.series(field), strict=True), marker="o", markersize=4, label=field.replace("_", " "))
+    measured = sorted({name for record in history.records for name in record if name.endswith("_loss")})
+    for colour, field in enumerate(measured, 1):  # the first of matplotlib's colours is the training loss's
+        points = history.series(field)
+        axes.plot(*zip(*points, strict=True), f"C{colour}", marker="o", markersize=4, label=field.replace("_", " "))
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
     axes.grid(alpha=0.3)
     rates = axes.twinx()

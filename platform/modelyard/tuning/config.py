@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from modelyard import config_file
 from modelyard.config import Config, parse
-from modelyard.errors import ConfigError
+from modelyard.errors import ConfigError, nearest
 from modelyard.training.config import TrainConfig
 from modelyard.tuning.space import Choice, Range, Space, parameter_of, space
 
@@ -24,7 +24,7 @@ class Objective(Config):
     """What makes a trial better than another."""
 
     metric: str
-    """A validation metric of the task (`accuracy`, `perplexity`), or `loss`, `elapsed_s`, `rows_per_s`,
+    """A validation metric of the task (`accuracy`, `perplexity`), or `train_loss`, `elapsed_s`, `rows_per_s`,
     `tokens_per_s`, `parameters`."""
     mode: Literal["min", "max"]
 
@@ -82,6 +82,9 @@ class Pbt(Config):
 
 Scheduler = Annotated[NoStopping | Asha | MedianStopping | Pbt, Field(discriminator="kind")]
 
+COSTS = ("elapsed_s", "rows_per_s", "tokens_per_s")
+"""Figures of every trial that the training loop measures."""
+_ALWAYS = (*COSTS, "train_loss", "parameters")
 _PARAMETER_KEYS = {*Choice.model_fields, *Range.model_fields}
 _MUTABLE = ("optimizer.", "schedule.", "training.gradient_clipping", "training.micro_batch_size")
 """What may change in the middle of a run: everything else changes the model or what it is measured on."""
@@ -155,6 +158,14 @@ def resolve(config: StudyConfig) -> tuple[StudyConfig, Space]:
     base = parse(TrainConfig, plain, source="train")
     metric, mode = base.task.objective
     objectives = config.objectives or (Objective(metric=metric, mode=mode),)
+    for number, objective in enumerate(objectives):
+        known = (*base.task.metric_names, *_ALWAYS)
+        if base.task.metric_names and "task.kind" not in config.space and objective.metric not in known:
+            raise ConfigError(
+                f"objectives.{number}.metric: task {base.task.kind} has no {objective.metric!r}; "
+                f"{nearest(objective.metric, known)}",
+                f"name one of {', '.join(known)}",
+            )
     every = base.validation.every_steps
     if config.scheduler.kind != "none" and every == 0:
         raise ConfigError(

@@ -112,9 +112,10 @@ def resume(name: str, *, failed: bool = False, progress: bool = True) -> Study:
 def _require_same(folder: StudyFolder, config: StudyConfig) -> None:
     old = folder.record().config
     free = {"parallel", "time_budget_s", "register_best"}
-    if old.model_dump(exclude=free) != config.model_dump(exclude=free):
+    before, now = (each.model_dump(mode="json", exclude=free) for each in (old, config))
+    if before != now:
         raise ConfigError(
-            f"study {folder.name!r} exists with other settings",
+            f"study {folder.name!r} exists with other settings: {runs.differences(before, now)}",
             f"give another name with --name=NAME, or go on with it: modelyard tune resume {folder.name}",
         )
 

@@ -1,4 +1,4 @@
-"""The study while it runs: one table on a terminal, one line per finished trial elsewhere."""
+"""The study while it runs: one table on a terminal, a line when a trial starts and ends elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from modelyard.tuning.config import Objective
 from modelyard.tuning.study import Trial, best, spent_steps
-from modelyard.tuning.tables import columns, figure, line, rows
+from modelyard.tuning.tables import columns, figure, line, rows, settings_of
 
 _MOST_ROWS = 20
 
@@ -49,8 +49,12 @@ class Live:
         with self._lock:
             was = self._trials.get(trial.trial_id)
             self._trials[trial.trial_id] = trial
-        if trial.is_over and (was is None or not was.is_over) and not self._console.is_terminal:
+        if self._console.is_terminal:
+            return
+        if trial.is_over and (was is None or not was.is_over):
             self._console.print(line(trial, self._objectives), markup=False)
+        elif was is None:
+            self._console.print(f"trial {trial.number} starts ({settings_of(trial)})", markup=False)
 
     def _picture(self) -> Group:
         with self._lock:

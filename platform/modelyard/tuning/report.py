@@ -135,8 +135,7 @@ def curves(trials: Sequence[Trial], objective: Objective, path: Path, title: str
             zorder=3 if is_best else 2,
             label=f"trial {trial.number}, the best" if is_best else None,
         )
-    stopped = sum(trial.status is TrialStatus.STOPPED for trial, _ in measured)
-    axes.set(xlabel="step", ylabel=objective.metric, title=f"{title}: {len(measured)} trials, {stopped} stopped early")
+    axes.set(xlabel="step", ylabel=objective.metric, title=f"{title}: {_counted(trials)}")
     axes.grid(alpha=0.3)
     if chosen:
         axes.legend()
@@ -158,7 +157,7 @@ def parallel_coordinates(
         _objective_axis(each, shown_trials) for each in objectives
     ]
     drawing, axes = _figure(max(8.0, 1.9 * len(axes_of)), 5)
-    colour, mappable = _colours([trial.value(objectives[0]) or 0.0 for trial in shown_trials])
+    colour, mappable, extend = _colours(objectives[0], shown_trials)
     for trial in sorted(shown_trials, key=lambda trial: _goodness(trial, objectives[0])):
         heights = [axis.height(trial) for axis in axes_of]
         stopped = trial.status is not TrialStatus.DONE
@@ -184,14 +183,13 @@ def parallel_coordinates(
                 bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8},
             )
     axes.set_xticks(range(len(axes_of)), [axis.name for axis in axes_of])
-    axes.set(
-        yticks=[], ylim=(-0.06, 1.06), xlim=(-0.5, len(axes_of) - 0.85), title=f"{title}: {len(shown_trials)} trials"
-    )
+    axes.set(yticks=[], ylim=(-0.06, 1.06), xlim=(-0.5, len(axes_of) - 0.85), title=f"{title}: {_counted(trials)}")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     if any(trial.status is not TrialStatus.DONE for trial in shown_trials):
         axes.set_xlabel("solid: trained to the end; dotted: stopped early")
-    drawing.colorbar(mappable, ax=axes, label=objectives[0].metric, pad=0.02)
+    if extend is not None:
+        drawing.colorbar(mappable, ax=axes, label=objectives[0].metric, pad=0.02, extend=extend)
     return _saved(drawing, path)
 
 
@@ -229,12 +227,21 @@ def _parameter_axis(dimension: Dimension) -> _Axis:
 def _objective_axis(objective: Objective, trials: Sequence[Trial]) -> _Axis:
     values = [value for trial in trials if (value := trial.value(objective)) is not None]
     low, high = min(values), max(values)
-    span = high - low or 1.0
+    if low == high:
+        return _Axis(objective.metric, lambda _: 0.5, [(0.5, figure(low))])
     return _Axis(
         objective.metric,
-        lambda trial: ((trial.value(objective) or 0.0) - low) / span,
-        [(share, figure(low + share * span)) for share in (0, 0.25, 0.5, 0.75, 1)],
+        lambda trial: ((trial.value(objective) or 0.0) - low) / (high - low),
+        [(share, figure(low + share * (high - low))) for share in (0, 0.25, 0.5, 0.75, 1)],
     )
+
+
+def _counted(trials: Sequence[Trial]) -> str:
+    """`12 trials, 3 stopped early, 1 failed`."""
+    counts = {"stopped early": TrialStatus.STOPPED, "failed": TrialStatus.FAILED}
+    of = {word: sum(trial.status is status for trial in trials) for word, status in counts.items()}
+    words = [f"{len(trials)} trial{'s' * (len(trials) != 1)}", *(f"{n} {word}" for word, n in of.items() if n)]
+    return ", ".join(words)
 
 
 def _goodness(trial: Trial, objective: Objective) -> float:
@@ -242,16 +249,21 @@ def _goodness(trial: Trial, objective: Objective) -> float:
     return value if objective.mode == "max" else -value
 
 
-def _colours(values: Sequence[float]) -> tuple[Callable[[float], Any], Any]:
-    """Colours over the upper three quarters of the values, so that hopeless trials do not take the whole scale."""
+def _colours(objective: Objective, trials: Sequence[Trial]) -> tuple[Any, Any, str | None]:
+    """Colours over the better three quarters of the values, so that hopeless trials do not take the whole scale.
+
+    The best is the brightest. Also the end of the scale that has values beyond it; None without a scale.
+    """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    low, high = np.percentile(values, 25), max(values)
+    values = [trial.value(objective) or 0.0 for trial in trials]
+    more = objective.mode == "max"
+    low, high = (np.percentile(values, 25), max(values)) if more else (min(values), np.percentile(values, 75))
     norm = Normalize(low, high if high > low else low + 1e-9, clip=True)
-    mappable = ScalarMappable(norm, colormaps["viridis"])
-    return lambda value: mappable.to_rgba(value), mappable
+    mappable = ScalarMappable(norm, colormaps["viridis" if more else "viridis_r"])
+    return mappable.to_rgba, mappable, ("min" if more else "max") if high > low else None
 
 
 def _series(trial: Trial, objective: Objective) -> list[tuple[int, float]]:

@@ -22,7 +22,7 @@ from modelyard.training.monitor import Record
 from modelyard.training.run_folder import RunFolder
 from modelyard.training.worker import Trained
 from modelyard.tuning.attempts import Attempt, GangAttempt, SoloAttempt, WarmWorker, is_solo
-from modelyard.tuning.config import StudyConfig
+from modelyard.tuning.config import COSTS, StudyConfig
 from modelyard.tuning.exploit import Pointer, seed
 from modelyard.tuning.space import known_space
 from modelyard.tuning.study import StudyFolder, Trial
@@ -31,7 +31,6 @@ POINTER = "pointer.json"
 STUDY, ENVIRONMENT = "study", "environment"
 """Keys of a trial's Tune config beside its parameters."""
 PBT_KEEP_CHECKPOINTS = 4
-_COSTS = ("elapsed_s", "rows_per_s", "tokens_per_s")
 
 
 def trial_config(config: StudyConfig, params: dict[str, Any], run_id: str) -> TrainConfig:
@@ -178,7 +177,7 @@ class TrialRunner(ray.tune.Trainable):  # type: ignore[misc]
                 self._measured["parameters"] = float(record["parameters"])
             elif record["kind"] == "step":
                 self._measured["train_loss"] = record["loss"]
-                self._measured |= {name: record[name] for name in _COSTS if name in record}
+                self._measured |= {name: record[name] for name in COSTS if name in record}
             elif record["kind"] == "validation" and record["step"] > self._step:
                 prefix = f"{self._config.validation.split}_"
                 figures = {k.removeprefix(prefix): float(v) for k, v in record.items() if k.startswith(prefix)}

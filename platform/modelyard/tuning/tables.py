@@ -56,11 +56,16 @@ def shown(value: Any) -> str:
 
 def line(trial: Trial, objectives: Sequence[Objective]) -> str:
     """`trial 3 done at step 300: accuracy 0.9813 (learning_rate 0.0041, hidden 64)`."""
-    params = ", ".join(f"{short(name)} {shown(value)}" for name, value in trial.params.items())
+    params = settings_of(trial)
     if trial.status is TrialStatus.FAILED:
         return f"trial {trial.number} failed: {trial.reason} ({params})"
     measured = ", ".join(f"{each.metric} {figure(trial.value(each))}" for each in objectives)
     return f"trial {trial.number} {trial.status.value} at step {trial.steps}: {measured} ({params})"
+
+
+def settings_of(trial: Trial) -> str:
+    """`learning_rate 0.0041, hidden 64`."""
+    return ", ".join(f"{short(name)} {shown(value)}" for name, value in trial.params.items())
 
 
 def _names(trials: Sequence[Trial]) -> list[str]:
