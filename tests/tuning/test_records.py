@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import random
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from modelyard.config import parse
-from modelyard.errors import IntegrityError, NotFoundError
-from modelyard.tuning import tables
+from modelyard.errors import ConfigError, IntegrityError, NotFoundError
+from modelyard.tuning import tables, tune
 from modelyard.tuning.config import Objective, StudyConfig, resolve
+from modelyard.tuning.live import Live
 from modelyard.tuning.recorder import Recorder
 from modelyard.tuning.report import importance, pictures
 from modelyard.tuning.space import known_space
@@ -110,6 +113,26 @@ def test_a_table_marks_the_best_and_tells_failures() -> None:
         ["3", "failed", "0", "-", "-", "sgd"],
     ]
     assert tables.failures(trials) == ["trial 3: no room"]
+
+
+def test_a_study_without_a_terminal_is_told_in_lines() -> None:
+    told = io.StringIO()
+    with Live("counting", 2, [PERPLEXITY], Console(file=told, soft_wrap=True)) as live:
+        running = trial(1, status=TrialStatus.RUNNING)
+        for each in (running, running, trial(1, 9.0), trial(1, 9.0), trial(2, status=TrialStatus.FAILED, reason="no")):
+            live(each)
+    assert told.getvalue().splitlines() == [
+        "study counting: 2 trials",
+        "trial 1 starts (learning_rate 0.01)",
+        "trial 1 done at step 10: perplexity 9 (learning_rate 0.01)",
+        "trial 2 failed: no (learning_rate 0.01)",
+    ]
+
+
+def test_a_study_of_that_name_with_other_settings_is_refused_with_what_differs(config: StudyConfig) -> None:
+    StudyFolder("counting").write_record(StudyRecord(config=config, dataset=("datasets:/x/1", "sha256:0"), started_s=1))
+    with pytest.raises(ConfigError, match=r"other settings: seed was 0, now 3; trials was 20, now 5\n"):
+        tune(config.with_changes(seed=3, trials=5, parallel=2))
 
 
 def test_what_mattered_is_found(config: StudyConfig, many: list[Trial]) -> None:
