@@ -4,11 +4,11 @@
 
 Both studies draw the same random settings of a small network (learning rate, weight decay, width, dropout) for the
 UCI digits of scikit-learn and measure accuracy on the validation split. `random` trains every trial to its end;
-`asha` stops the weaker ones at rungs and spends some of what it saves on twice as many trials, of which the first are
-those of `random`. Trials run one after another, in one process, so the steps are exact and the figures do not depend
-on the machine's speed. For each seed, `asha_steps_share` is the share of random search's steps after which ASHA first
-has a trial as accurate as the best of random search; a seed in which it never has one counts as 1. `total` is what the
-whole ASHA study took. Seeds are averaged.
+`asha` stops the weaker ones at rungs and spends some of what it saves on more trials, of which the first are those of
+`random`. Trials run one after another, in one process, so the steps are exact and the figures do not depend on the
+machine's speed. `share` is the part of random search's steps after which ASHA's best accuracy so far is that of the
+whole random search: in the table for each seed (`-`: never), at its end for the mean of the seeds' curves, 1 when
+that never is. `total` is what the whole ASHA study took.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelyard.tuning.study import Trial
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_STEPS, RUNG, FACTOR = 135, 5, 3
-MORE = 2
+MAX_STEPS, RUNG, FACTOR = 405, 15, 3
+MORE = 3
 """Trials of ASHA for each of random search."""
 SPACE = {
     "optimizer.learning_rate": {"low": 1e-5, "high": 0.3, "log": True},
@@ -69,18 +74,47 @@ def study_config(kind: str, seed: int, trials: int) -> dict[str, Any]:
     }
 
 
-def steps_to(trials: list[Any], target: float) -> int | None:
-    """Steps of all trials, in the order they ran, until one first measured `target`."""
-    spent = 0
+Curve = list[tuple[float, float]]
+"""After which share of random search's steps the best accuracy so far is which."""
+
+
+def curve_of(trials: Sequence[Trial], full_steps: int) -> Curve:
+    """The best accuracy so far over all trials' steps, in the order they ran."""
+    spent, best, curve = 0, 0.0, []
     for trial in trials:
         for rung in trial.rungs:
-            if rung.metrics["accuracy"] >= target:
-                return spent + rung.step
+            best = max(best, rung.metrics["accuracy"])
+            curve.append(((spent + rung.step) / full_steps, best))
         spent += trial.steps
+    return curve
+
+
+def mean_share(curves: Sequence[Curve], target: float) -> float | None:
+    """The share at which the mean of the curves first is `target`; None when it never is."""
+    for share in sorted({share for curve in curves for share, _ in curve}):
+        best = [max((value for at, value in curve if at <= share), default=0.0) for curve in curves]
+        if statistics.mean(best) >= target - 1e-12:
+            return share
     return None
 
 
-def compare(seed: int, trials: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Compared:
+    """Both studies of one seed."""
+
+    random_accuracy: float
+    asha: Curve
+    total: float
+    random_s: float
+    asha_s: float
+
+    @property
+    def share(self) -> float | None:
+        """Of random search's steps, until ASHA was as good; None when it never was."""
+        return mean_share([self.asha], self.random_accuracy)
+
+
+def compare(seed: int, trials: int) -> Compared:
     """Run both studies for one seed."""
     from modelyard.config import parse
     from modelyard.tuning import StudyConfig, tune
@@ -92,19 +126,16 @@ def compare(seed: int, trials: int) -> dict[str, float]:
         config = study_config(kind, seed, trials * (MORE if kind == "asha" else 1))
         studies[kind] = tune(parse(StudyConfig, config), progress=False)
         seconds[kind] = time.monotonic() - began
-    full = list(studies["random"].trials)
-    first = studies["asha"].trials[:trials]
-    assert [t.params for t in full] == [t.params for t in first], "the studies drew other settings"
-    best = {kind: max(r.metrics["accuracy"] for t in study.trials for r in t.rungs) for kind, study in studies.items()}
-    reached = steps_to(list(studies["asha"].trials), best["random"])
-    return {
-        "share": 1.0 if reached is None else reached / spent_steps(full),
-        "total": spent_steps(studies["asha"].trials) / spent_steps(full),
-        "random_accuracy": best["random"],
-        "asha_accuracy": best["asha"],
-        "random_s": seconds["random"],
-        "asha_s": seconds["asha"],
-    }
+    full, stopped = studies["random"].trials, studies["asha"].trials
+    assert [t.params for t in full] == [t.params for t in stopped[:trials]], "the studies drew other settings"
+    steps = spent_steps(full)
+    return Compared(
+        random_accuracy=curve_of(full, steps)[-1][1],
+        asha=curve_of(stopped, steps),
+        total=spent_steps(stopped) / steps,
+        random_s=seconds["random"],
+        asha_s=seconds["asha"],
+    )
 
 
 def main() -> None:
@@ -128,23 +159,27 @@ def main() -> None:
         for seed in seeds:
             one = compare(seed, options.trials)
             results.append(one)
+            reached = "-" if one.share is None else f"{one.share:.1%}"
             print(
-                f"{seed:>4}  {one['share']:>6.1%}  {one['total']:>6.1%}  {one['random_accuracy']:>7.4f}  "
-                f"{one['asha_accuracy']:>7.4f}  {one['random_s']:>8.1f}  {one['asha_s']:>6.1f}",
+                f"{seed:>4}  {reached:>6}  {one.total:>6.1%}  {one.random_accuracy:>7.4f}  {one.asha[-1][1]:>7.4f}  "
+                f"{one.random_s:>8.1f}  {one.asha_s:>6.1f}",
                 flush=True,
             )
-    figures = {name: statistics.mean(one[name] for one in results) for name in results[0]}
-    print(f"mean  {figures['share']:>6.1%}  {figures['total']:>6.1%}  {figures['random_accuracy']:>7.4f}", end="  ")
-    print(f"{figures['asha_accuracy']:>7.4f}")
+    target = statistics.mean(one.random_accuracy for one in results)
+    share = mean_share([one.asha for one in results], target)
+    figures = {
+        "asha_steps_share": 1.0 if share is None else share,
+        "asha_total_share": statistics.mean(one.total for one in results),
+        "asha_accuracy": statistics.mean(one.asha[-1][1] for one in results),
+        "random_accuracy": target,
+        "asha_wall_share": sum(one.asha_s for one in results) / sum(one.random_s for one in results),
+    }
+    print(
+        f"mean  {figures['asha_steps_share']:>6.1%}  {figures['asha_total_share']:>6.1%}  {target:>7.4f}  "
+        f"{figures['asha_accuracy']:>7.4f}"
+    )
     if options.json is not None:
-        flat = {
-            "asha_steps_share": figures["share"],
-            "asha_total_share": figures["total"],
-            "asha_accuracy": figures["asha_accuracy"],
-            "random_accuracy": figures["random_accuracy"],
-            "asha_wall_share": figures["asha_s"] / figures["random_s"],
-        }
-        options.json.write_text(json.dumps(flat, indent=1))
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
