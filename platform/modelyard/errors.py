@@ -82,6 +82,10 @@ class StorageError(ModelyardError):
     """A disk or an object store refused: full, unreachable, denied."""
 
 
+class UnreachableError(StorageError):
+    """An object store does not answer now; it may later."""
+
+
 class StartError(ModelyardError):
     """Ray did not start on this machine."""
 

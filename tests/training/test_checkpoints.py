@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from modelyard.errors import IntegrityError, StorageError, WaitTimeoutError
+from modelyard.errors import IntegrityError, StorageError, UnreachableError, WaitTimeoutError
 from modelyard.training.checkpoints import (
     MANIFEST,
     STAGING,
@@ -156,6 +157,33 @@ def test_a_failed_upload_is_raised_by_the_next_save(make_writer: Callable[..., C
     writer.save(state(1), write_file(b"x"), b"history")
     with pytest.raises(WaitTimeoutError):
         writer.save(state(2), write_file(b"x"), b"history")
+
+
+@pytest.fixture
+def dead_server(monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+    """Where the object store should be, and nobody listens."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    return taken
+
+
+def test_a_store_that_does_not_answer_is_asked_again_until_the_limit(
+    dead_server: socket.socket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder("s3://nobody/checkpoints")
+    writer = CheckpointWriter(
+        folder, rank=0, num_workers=1, attempt="0a1b2c3d", staging=tmp_path / "staging", commit_timeout_s=3.0
+    )
+    writer.save(state(1), write_file(b"x"), b"history")
+    with pytest.raises(UnreachableError, match="cannot reach"):
+        writer.wait()
+    assert "tried again" in caplog.text
+    writer.close()
+    dead_server.close()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modelyard.errors import ModelyardError, NotFoundError, StorageError
+from modelyard.errors import ModelyardError, NotFoundError, StorageError, UnreachableError
 
 GIB = 1 << 30
 ENV_TIMEOUT = "MODELYARD_S3_TIMEOUT_S"
@@ -49,7 +49,8 @@ def translate_errors(uri: str | os.PathLike[str], needed_bytes: int | None = Non
         needed_bytes: how much the block wanted to write, for the disk-full message.
 
     Raises:
-        StorageError: full, denied, unreachable, or any other refusal.
+        StorageError: full, denied, or any other refusal.
+        UnreachableError: of StorageError; nobody answers there.
         NotFoundError: a path or a bucket does not exist.
     """
     try:
@@ -117,7 +118,7 @@ def _remote_error(uri: str, error: OSError) -> ModelyardError:
             f"check the URI, or create the bucket; the server is chosen by {server}",
         )
     if any(mark in text for mark in _NETWORK):
-        return StorageError(
+        return UnreachableError(
             f"{uri}: cannot reach {where}: {_first_line(text)}",
             f"check {server} and the network; if it is only slow, raise {ENV_TIMEOUT}",
         )

@@ -20,24 +20,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
 from modelyard.artifacts import filesystem
 from modelyard.artifacts.manifest import FileEntry
 from modelyard.config import Config
-from modelyard.errors import IntegrityError, NotFoundError, WaitTimeoutError
+from modelyard.errors import IntegrityError, NotFoundError, UnreachableError, WaitTimeoutError
 from modelyard.training.parallel import Parallel
 from modelyard.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 TAG = "state"
 MANIFEST = "checkpoint.json"
 STAGING = ".staging"
 """Folder beside the checkpoints of a local run, where workers write before they commit: `<attempt>-<node>`."""
+RETRY_S = 2.0
+"""Pause before a store that does not answer is asked again."""
 _NEARLY_FULL_BYTES = 1 << 20
 _NAME = re.compile(r"step-(\d{8})-[0-9a-f]{8}")
 
@@ -177,7 +181,7 @@ class CheckpointWriter:
     """One worker's side of writing: the state goes to a local staging folder, the upload runs in the background.
 
     Worker 0 commits once every worker has written its `part-*.json`; nothing collective happens off the main
-    thread.
+    thread. A store that does not answer is asked again for `commit_timeout_s`, while the workers train on.
     """
 
     def __init__(
@@ -243,9 +247,9 @@ class CheckpointWriter:
         entries = {}
         for path in self._own_files(folder):
             relative = path.relative_to(folder).as_posix()
-            entries[relative] = target.put(path, relative)
+            entries[relative] = self._patiently(partial(target.put, path, relative))
         part = CheckpointManifest(state=state, files=entries)
-        target.write(f"part-{self._rank:05d}.json", part.model_dump_json().encode())
+        self._patiently(partial(target.write, f"part-{self._rank:05d}.json", part.model_dump_json().encode()))
         if self._rank == 0:
             self._commit(name, state)
 
@@ -272,7 +276,7 @@ class CheckpointWriter:
         deadline = time.monotonic() + self._commit_timeout_s
         files: dict[str, FileEntry] = {}
         for rank in range(self._num_workers):
-            while (data := target.read(f"part-{rank:05d}.json")) is None:
+            while (data := self._patiently(partial(target.read, f"part-{rank:05d}.json"))) is None:
                 if time.monotonic() > deadline:
                     raise WaitTimeoutError(
                         f"worker {rank} to upload its part of checkpoint {name}",
@@ -282,10 +286,21 @@ class CheckpointWriter:
                 time.sleep(0.05)
             files |= CheckpointManifest.model_validate_json(data).files
         manifest = CheckpointManifest(state=state, files=dict(sorted(files.items()))).sealed()
-        target.write(MANIFEST, manifest.model_dump_json(indent=1).encode())
+        self._patiently(partial(target.write, MANIFEST, manifest.model_dump_json(indent=1).encode()))
         logger.info("checkpoint %s committed", name)
         if self._on_commit is not None:
-            self._on_commit(Checkpoint(name, manifest))
+            self._patiently(partial(self._on_commit, Checkpoint(name, manifest)))
+
+    def _patiently(self, action: Callable[[], Found]) -> Found:
+        deadline = time.monotonic() + self._commit_timeout_s
+        while True:
+            try:
+                return action()
+            except UnreachableError as error:
+                if time.monotonic() + RETRY_S > deadline:
+                    raise
+                logger.warning("%s; tried again in %g s", error, RETRY_S)
+                time.sleep(RETRY_S)
 
 
 @contextlib.contextmanager
