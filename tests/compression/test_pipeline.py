@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ import numpy as np
 import pytest
 from tests.compression.conftest import Folders
 
-from modelyard.artifacts import Registry
+from modelyard.artifacts import Registry, Store
 from modelyard.compression import Recipe, compress
 from modelyard.compression.measuring import Figures
 from modelyard.compression.pipeline import remarks
 from modelyard.compression.recipe import Limits
 from modelyard.compression.report import Report, broken_limits
+from modelyard.compression.silence import errors_only
 from modelyard.data.dataset import Dataset
-from modelyard.errors import ConfigError, DataError, LimitError
+from modelyard.errors import ConfigError, DataError, IntegrityError, LimitError
 from modelyard.tasks import load_model
 
 INT8 = {"kind": "quantize", "codes": "int8", "granularity": "group", "group_size": 32}
@@ -85,6 +88,60 @@ def test_a_result_that_breaks_a_limit_is_not_registered(
 
 
 @pytest.mark.slow
+def test_what_is_damaged_on_its_way_into_the_store_is_not_registered(
+    digits: Folders, registered: Register, registry: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, dataset = registered(digits, "digits")
+    put = Store.put
+
+    def damaging(store: Store, folder: Path, **about: Any) -> Any:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        state = load_file(copy / "model.safetensors")
+        save_file({name: tensor + 1 for name, tensor in state.items()}, copy / "model.safetensors")
+        return put(store, copy, **about)
+
+    monkeypatch.setattr(Store, "put", damaging)
+    with pytest.raises(IntegrityError, match="not registered: scores of the published weights are not those"):
+        compress(model, recipe(dataset, {"kind": "prune", "sparsity": 0.1}, name="damaged"))
+    assert registry.versions("model", "damaged") == []
+
+
+@pytest.mark.slow
+def test_libraries_write_nothing_to_the_terminal(
+    digits: Folders, registered: Register, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for needed in ("onnxruntime", "onnxscript", "nncf"):
+        pytest.importorskip(needed)
+    model, dataset = registered(digits, "digits")
+    exports = [{"kind": "export", "format": name, "quantize": "int8_static"} for name in ("onnx", "openvino")]
+    capfd.readouterr()
+    caplog.clear()
+    compress(model, recipe(dataset, *exports, target={"engine": "onnx"}))
+    assert capfd.readouterr() == ("", "")
+    shown = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [(record.name, record.getMessage()) for record in shown] == []
+
+
+@pytest.mark.parametrize(
+    ("logger", "file"),
+    [("root", "onnxruntime/quantization/quantize.py"), ("DeepSpeed", "real_accelerator.py"), ("ray.serve", "api.py")],
+)
+def test_libraries_are_silenced_for_a_while_but_not_their_errors(logger: str, file: str) -> None:
+    def is_shown(level: int, path: str = f"/lib/{file}") -> bool:
+        record = logging.LogRecord(logger, level, path, 1, "said", None, None)
+        return bool(logging.getLogger(None if logger == "root" else logger).filter(record))
+
+    with errors_only():
+        assert not is_shown(logging.WARNING)
+        assert is_shown(logging.ERROR)
+        assert is_shown(logging.WARNING, "/home/me/ours.py") == (logger == "root")
+    assert is_shown(logging.WARNING)
+
+
+@pytest.mark.slow
 def test_a_classifier_is_measured_on_onnx(digits: Folders, registered: Register, registry: Registry) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -114,6 +171,14 @@ def test_the_wrong_dataset_is_refused_before_any_work(language: Folders, digits:
     ("step", "problem"),
     [
         ({"kind": "quantize", "codes": "int4", "activations": "static"}, "weights only"),
+        (
+            {"kind": "quantize", "group_size": 64},
+            "group_size=64 is for granularity group .got granularity=channel.: set",
+        ),
+        ({"kind": "quantize", "percentile": 99}, "percentile=99 is for static scales .got activations=none.: set"),
+        ({"kind": "quantize", "method": "hqq", "symmetric": False}, "hqq puts zero points between two codes"),
+        ({"kind": "quantize", "method": "hqq", "codes": "fp8"}, "method hqq is for int8 and int4"),
+        ({"kind": "quantize", "method": "gptq", "training": {}}, "leave method or training out"),
         ({"kind": "prune", "criterion": "movement"}, "give `training`"),
         ({"kind": "shrink"}, "nothing to remove"),
         ({"kind": "shrink", "mlp": 0.5, "rounds": 3}, "without `training`"),

@@ -12,6 +12,8 @@ from modelyard.errors import ConfigError, MissingExtraError
 
 TEXT, IMAGES = ("causal_lm", ("perplexity", "min")), ("image_classification", ("accuracy", "max"))
 INT8 = {"kind": "quantize"}
+INT4 = {**INT8, "codes": "int4"}
+NNCF = {"kind": "export", "format": "openvino", "quantize": "int4"}
 
 
 def recipe(*steps: dict[str, Any], **more: Any) -> Recipe:
@@ -30,6 +32,13 @@ def recipe(*steps: dict[str, Any], **more: Any) -> Recipe:
         (recipe(INT8, target={"engine": "llamacpp"}), IMAGES, "does not run the task"),
         (recipe({"kind": "export", "format": "gguf"}), IMAGES, "language models only"),
         (recipe({"kind": "factorize"}, target={"engine": "openvino"}), TEXT, "no place for factorized layers"),
+        (recipe(INT8, {"kind": "export", "format": "onnx"}), TEXT, r"steps\.1\.quantize: none after the step quantize"),
+        (recipe(INT8, {"kind": "export", "format": "torch_export"}), IMAGES, "larger file than the model"),
+        (recipe(INT8, {"kind": "export", "format": "openvino"}), IMAGES, r"(?s)fp32.*`quantize: int8_static`"),
+        (recipe(INT8, NNCF), TEXT, "would round weights again"),
+        (recipe(INT4, target={"engine": "openvino"}), TEXT, "would store these 4-bit weights in 8 bits"),
+        (recipe(INT4, {"kind": "export", "format": "gguf"}), TEXT, "gguf would store these 4-bit weights in 8 bits"),
+        (recipe({**INT8, "activations": "dynamic"}, target={"engine": "llamacpp"}), TEXT, "llamacpp would ignore it"),
         (recipe(INT8), ("forecasting", ("mase", "min")), "cannot be measured"),
     ],
 )
@@ -61,6 +70,25 @@ def test_this_machine_says_what_it_lacks_for_fp8() -> None:
     import torch
 
     assert (why_not_fp8() is None) == (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (INT8, {"kind": "export", "format": "onnx", "quantize": "int8_static"}),
+        ({**INT4, "granularity": "group"}, {"kind": "export", "format": "gguf"}),
+        (INT4,),
+    ],
+)
+def test_quantized_weights_may_be_exported_to_files_that_keep_them_small(steps: Any) -> None:
+    check_recipe(recipe(*steps), *TEXT, has_module=lambda module: True)
+
+
+def test_hqq_is_refused_with_the_reason_where_torchao_has_no_solver() -> None:
+    made = recipe({**INT8, "method": "hqq"})
+    with pytest.raises(ConfigError, match="hqq cannot be used here: torchao is old"):
+        check_recipe(made, *TEXT, has_module=lambda module: True, no_hqq=lambda: "torchao is old")
+    check_recipe(recipe(INT8), *TEXT, has_module=lambda module: True, no_hqq=lambda: "torchao is old")
 
 
 @pytest.mark.parametrize("task", ["text_classification", "token_classification"])

@@ -13,6 +13,7 @@ from tests.compression.conftest import Folders
 from tests.compression.workspaces import quality, weight_bytes, workspace
 
 from modelyard.compression.gptq import gptq
+from modelyard.compression.hqq import hqq
 from modelyard.compression.quantize import quantize
 from modelyard.compression.recipe import Quantize
 from modelyard.data.dataset import Dataset
@@ -47,6 +48,8 @@ def perplexity(folder: Path, dataset: Path) -> float:
         ({"codes": "int8", "activations": "static"}, 0.05, 3.7),
         ({"codes": "int4", "granularity": "group"}, 0.25, 5.0),
         ({"codes": "int4", "granularity": "group", "symmetric": False}, 0.25, 4.8),
+        ({"codes": "int8", "method": "hqq"}, 0.01, 3.7),
+        ({"codes": "int4", "granularity": "group", "method": "hqq"}, 0.25, 5.0),
         ({"codes": "fp8"}, 0.03, 3.6),
     ],
 )
@@ -82,6 +85,30 @@ def test_gptq_loses_less_of_what_correlated_inputs_give(granularity: Any) -> Non
         near = dequantize(found.codes, found.scale, found.zero_point)
         errors.append(float((x @ (near - weight).T).square().mean()))
     assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
+@pytest.mark.parametrize(("codes", "most"), [("int4", 0.96), ("int8", 0.999)])
+def test_hqq_loses_less_of_weights_with_outliers(codes: Any, most: float, granularity: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=generator)
+    weight[torch.rand(64, 256, generator=generator) < 0.01] *= 8
+    layer = StoredLayer(codes=codes, granularity=granularity, group_size=32 if granularity == "group" else None)
+    errors = []
+    for found in (hqq(weight, layer), quantize_weight(weight, layer)):
+        near = dequantize(found.codes, found.scale, found.zero_point)
+        errors.append(float((near - weight).square().mean()))
+    assert errors[0] < most * errors[1]
+
+
+@pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
+def test_hqq_keeps_weights_that_are_on_the_grid_and_zeros(granularity: Any) -> None:
+    layer = StoredLayer(codes="int4", granularity=granularity, group_size=32 if granularity == "group" else None)
+    weight = torch.randint(-8, 8, (6, 64), generator=torch.Generator().manual_seed(0)) / 4
+    weight[:, ::32] = -2.0  # the outermost code, in every group
+    for exact in (weight, torch.zeros(6, 64)):
+        found = hqq(exact, layer)
+        assert torch.allclose(dequantize(found.codes, found.scale, None), exact, atol=1e-3)
 
 
 def test_gptq_makes_four_bits_of_a_language_model_better(language: Folders, work: Any) -> None:
@@ -133,6 +160,17 @@ def test_a_convolutional_classifier_keeps_its_accuracy(digits: Folders, work: An
     right = np.mean([a["label"] for a in task.predict(model, list(rows["pixels"]))] == rows["label"])
     assert right > 0.95
     assert weight_bytes(digits.model) > 3.5 * weight_bytes(result)
+
+
+@pytest.mark.parametrize("method", ["nearest", "hqq", "gptq"])
+def test_four_bits_are_for_matrices_and_convolutions_keep_eight(digits: Folders, work: Any, method: Any) -> None:
+    result = quantize(work(digits), Quantize(codes="int4", method=method)).folder
+    _, model = load_model(result)
+    compact = read_compact(result)
+    assert compact is not None
+    for name, layer in compact.quantized.items():
+        assert layer.codes == ("int4" if model.get_submodule(name).weight.ndim == 2 else "int8")
+    assert quality(result, digits.dataset)["accuracy"] > 0.95
 
 
 def test_groups_that_do_not_divide_a_row_are_refused_by_name(digits: Folders, work: Any) -> None:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from modelyard.compression.engines import EXTRA, Engine, EngineName, Ints, LlamaCppEngine, gguf_to_ir, open_engine
+from modelyard.compression.engines import (
+    EXTRA,
+    Engine,
+    EngineName,
+    Floats,
+    Ints,
+    LlamaCppEngine,
+    gguf_to_ir,
+    open_engine,
+)
 from modelyard.compression.program import save_program
 from modelyard.compression.recipe import Export
 from modelyard.compression.workspace import EXPORT_FOLDERS, Workspace, batches
@@ -30,6 +39,11 @@ _ENGINES: dict[str, EngineName] = {
     "torch_export": "torch_export",
 }
 _GREEDY_TOKENS = 16
+_PUBLISHED_ROWS = 2
+_SAME = 1e-4
+"""Largest difference of scores, as a share of the largest, of the same files read twice."""
+_ONNX_BYTES = 1 << 31
+"""Most that one ONNX file holds, and its quantizer reads no others."""
 _NAMES = ["inputs", "mask"]
 """Of what exported models take."""
 
@@ -84,7 +98,7 @@ def verify(work: Workspace, step: Export, folder: Path) -> Agreement:
     """
     threads = work.recipe.target.threads
     source = open_engine("torch", work.folder, threads)
-    other = open_engine(_ENGINES[step.format], folder, threads)
+    other = open_export(work, step.format, folder)
     inputs, *masks = (each.numpy() for each in _held_out(work, step.verify_rows))
     found = compare(source, other, inputs, masks[0] if masks else None)
     limit = step.max_difference
@@ -96,6 +110,39 @@ def verify(work: Workspace, step: Export, folder: Path) -> Agreement:
             "quantize less, or lower the limit if this is good enough",
         )
     return found
+
+
+def open_export(work: Workspace, form: str, folder: Path) -> Engine:
+    """The export in `folder`, on an engine that shows scores."""
+    prepared = None
+    if form == "gguf":  # not an OpenVINO export that may be beside it
+        prepared = gguf_to_ir(folder / EXPORT_FOLDERS[form] / "model.gguf", work.new_folder("ir"))
+    return open_engine(_ENGINES[form], folder, work.recipe.target.threads, prepared)
+
+
+def check_published(work: Workspace, folder: Path) -> None:
+    """Load the weights, and every export beside them, from where they are published; they must answer as in `work`.
+
+    Raises:
+        IntegrityError: what was published cannot be read, or computes something else than what was measured.
+    """
+    for form in ["weights", *(form for form, name in EXPORT_FOLDERS.items() if (work.folder / name).is_dir())]:
+        measured, published = _answers(work, form, work.folder), _answers(work, form, folder)
+        difference = float(np.abs(measured - published).max() / np.abs(measured).max())
+        if not difference <= _SAME:  # NaN is not the same
+            raise IntegrityError(
+                f"not registered: scores of the published {form} are not those that were measured, "
+                f"they differ by {difference:.2%}",
+                "check the disk of the store, and compress again",
+            )
+
+
+def _answers(work: Workspace, form: str, folder: Path) -> Floats:
+    """Scores of held-out rows by the weights or an export in `folder`."""
+    inputs, *masks = (each.numpy() for each in _held_out(work, _PUBLISHED_ROWS))
+    threads = work.recipe.target.threads
+    engine = open_engine("torch", folder, threads) if form == "weights" else open_export(work, form, folder)
+    return engine.scores(inputs, masks[0] if masks else None)
 
 
 def compare(source: Engine, other: Engine, inputs: npt.NDArray[Any], mask: Ints | None = None) -> Agreement:
@@ -167,6 +214,12 @@ def _onnx(work: Workspace, step: Export, target: Path) -> None:
     optional("onnx", "onnx", EXTRA)
     optional("onnxscript", "onnxscript", EXTRA)
     _, model = work.load()
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    if step.quantize != "none" and size >= _ONNX_BYTES:
+        raise ConfigError(
+            f"steps.export.quantize: the onnx quantizer reads at most 2 GiB, the model has {size / 2**30:.1f} in fp32",
+            "choose format openvino or gguf, or quantize none",
+        )
     example = _example(work)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1 << 16
@@ -182,7 +235,7 @@ def _onnx(work: Workspace, step: Export, target: Path) -> None:
             output_names=["scores"],
             dynamic_shapes=tuple({0: batch, 1: length} if each.ndim == 2 else {0: batch} for each in example),
             dynamo=True,
-            external_data=work.task.kind == "causal_lm",
+            external_data=work.task.kind == "causal_lm" and step.quantize == "none",
             verbose=False,
         )
     if step.quantize != "none":

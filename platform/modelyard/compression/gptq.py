@@ -5,7 +5,7 @@ Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative P
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from modelyard.tasks.compact import StoredLayer
 from modelyard.tasks.rounding import Codes, code_range, quantize_weight
@@ -25,22 +25,25 @@ def gptq(weight: Tensor, moments: Tensor, layer: StoredLayer) -> Codes:
     left = weight.detach().float().clone()
     spread = _inverse_root(moments)
     rows, columns = left.shape
-    size = layer.group_size if layer.granularity == "group" and layer.group_size is not None else columns
+    is_grouped = layer.granularity == "group" and layer.group_size is not None
+    size = layer.group_size if is_grouped and layer.group_size is not None else columns
     first = quantize_weight(left, layer)
-    scale, zero_point = first.scale.expand(rows, -1).clone() if size < columns else first.scale, first.zero_point
+    scale, zero_point = first.scale.clone(), first.zero_point
     codes = torch.empty(rows, columns, dtype=torch.int8)
-    block = size * max(1, _BLOCK // size) if size < columns else _BLOCK
+    held: _Held | None = None
+    block = size * max(1, _BLOCK // size) if is_grouped else _BLOCK
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         errors = torch.zeros(rows, stop - start)
         for column in range(start, stop):
             group = column // size
-            if size < columns and column % size == 0:
+            if is_grouped and column % size == 0:
                 fresh = quantize_weight(left[:, column : column + size], layer)
                 scale[:, group] = fresh.scale[:, 0]
                 if zero_point is not None and fresh.zero_point is not None:
                     zero_point[:, group] = fresh.zero_point[:, 0]
-            codes[:, column], near = _rounded(left[:, column], scale, zero_point, group, layer)
+                held = _largest(left[:, column : column + size], fresh.codes, column) if layer.symmetric else None
+            codes[:, column], near = _rounded(left[:, column], scale, zero_point, group, layer, held, column)
             error = (left[:, column] - near) / spread[column, column]
             left[:, column:stop] -= error[:, None] * spread[column, column:stop]
             errors[:, column - start] = error
@@ -48,8 +51,28 @@ def gptq(weight: Tensor, moments: Tensor, layer: StoredLayer) -> Codes:
     return Codes(codes, scale, zero_point)
 
 
+class _Held(NamedTuple):
+    """The weight of each row that its group's scale comes from; with another code, GGUF would find another scale."""
+
+    column: Tensor
+    """(out,)"""
+    code: Tensor
+    """(out,)"""
+
+
+def _largest(weights: Tensor, codes: Tensor, start: int) -> _Held:
+    index = weights.abs().argmax(dim=1, keepdim=True)
+    return _Held(index[:, 0] + start, codes.gather(1, index)[:, 0])
+
+
 def _rounded(
-    values: Tensor, scale: Tensor, zero_point: Tensor | None, group: int, layer: StoredLayer
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    group: int,
+    layer: StoredLayer,
+    held: _Held | None,
+    column: int,
 ) -> tuple[Tensor, Tensor]:
     """Codes of one column (out,), and what they stand for."""
     import torch
@@ -59,6 +82,8 @@ def _rounded(
     if zero_point is not None:
         point = (zero_point[:, group] if zero_point.ndim == 2 else zero_point).float()
     code = (torch.round(values / step) + point).clamp(*code_range(layer))
+    if held is not None:
+        code = torch.where(held.column == column, held.code.float(), code)
     return code.to(torch.int8), (code - point) * step
 
 

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from modelyard.artifacts import Manifest, Parent, Registry, VersionInfo
 from modelyard.compression.engines import prepare
+from modelyard.compression.export import check_published
 from modelyard.compression.measuring import Figures, Request, measure
 from modelyard.compression.preflight import check_recipe
 from modelyard.compression.recipe import Recipe
 from modelyard.compression.report import Report, broken_limits, draw
+from modelyard.compression.silence import errors_only
 from modelyard.compression.steps import run_step
 from modelyard.compression.workspace import Workspace
 from modelyard.config import load, settings
@@ -58,6 +60,7 @@ def compress(model: str, recipe: Recipe | str | Path, *overrides: str, on_step: 
     Raises:
         InputError: recipe, model and dataset do not fit, or an extra is not installed.
         LimitError: the result is worse than the recipe allows; the error names every limit that does not hold.
+        IntegrityError: an export, or what was published, computes something else than the model.
         TrainingError, StorageError: as for `train` and `Store.put`.
     """
     if not isinstance(recipe, Recipe):
@@ -68,7 +71,8 @@ def compress(model: str, recipe: Recipe | str | Path, *overrides: str, on_step: 
         registry = Registry.from_settings()
         work, report = apply(registry, model, recipe, Path(scratch), on_step=on_step)
         _require_limits(report, recipe)
-        return _registered(registry, work, report)
+        with errors_only():
+            return _registered(registry, work, report)
 
 
 def apply(
@@ -95,7 +99,8 @@ def apply(
         before = _figures(work, work.source_folder, "torch")
     for number, step in enumerate(recipe.steps, 1):
         tell(f"step {number}/{len(recipe.steps)} {step.kind}")
-        work = run_step(work, step)
+        with errors_only():
+            work = run_step(work, step)
         tell(f"  {work.notes[-1]}")
     tell(f"measure the result on {recipe.target.engine}")
     after = _figures(work, work.folder, recipe.target.engine)
@@ -183,6 +188,7 @@ def _registered(registry: Registry, work: Workspace, report: Report) -> Compress
             "report": report.as_dict(),
         },
     )
+    check_published(work, registry.store.open("model", manifest.digest()))
     version = registry.register(manifest)
     picture = settings().home / "compressions" / f"{version.name}-{version.version}" / "report.png"
     draw(report, picture, title=f"{work.source.reference} -> {version.reference}")

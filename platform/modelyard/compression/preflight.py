@@ -6,12 +6,15 @@ import importlib.util
 from collections.abc import Callable, Collection
 
 from modelyard.compression.engines import EXTRA
+from modelyard.compression.hqq import why_not_hqq
 from modelyard.compression.recipe import Export, Quantize, Recipe
 from modelyard.errors import ConfigError, MissingExtraError
 from modelyard.tasks.base import Objective
 
 _MEASURED = ("causal_lm", "image_classification", "text_classification", "token_classification")
 _FP8_CAPABILITY = (8, 9)
+_BLOCK = 32
+"""Weights that share a scale in a GGUF file."""
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "gguf": ("gguf",)}
 _ENGINES = {"onnx": ("onnxruntime",), "openvino": ("openvino", "openvino_genai"), "llamacpp": ("xllamacpp", "gguf")}
 _DISTRIBUTIONS = {"openvino": "openvino-genai", "openvino_genai": "openvino-genai"}
@@ -23,6 +26,7 @@ def check_recipe(
     objective: Objective,
     has_module: Callable[[str], bool] | None = None,
     no_fp8: Callable[[], str | None] | None = None,
+    no_hqq: Callable[[], str | None] | None = None,
 ) -> None:
     """Refuse a recipe that would fail later, perhaps after hours of training.
 
@@ -31,6 +35,7 @@ def check_recipe(
         objective: its deciding metric.
         has_module: whether a module is installed; by default it is looked for here.
         no_fp8: why nothing here computes with fp8, or None; by default this machine's GPU is asked.
+        no_hqq: why HQQ has no solver here, or None; by default torchao is asked.
 
     Raises:
         ConfigError: a limit, a step or the target does not fit the model, or the steps do not fit each other.
@@ -43,7 +48,8 @@ def check_recipe(
     _check_limits(recipe, objective)
     _check_order(recipe)
     _check_target(recipe, task)
-    if _uses_fp8(recipe) and (reason := (no_fp8 or why_not_fp8)()) is not None:
+    _check_formats(recipe, task)
+    if _uses(recipe, codes="fp8") and (reason := (no_fp8 or why_not_fp8)()) is not None:
         raise ConfigError(
             f"codes: fp8 would save nothing over int8 here: {reason}",
             "use int8, or run the recipe where there is a GPU of compute capability 8.9 or more (Ada, Hopper, ...)",
@@ -51,6 +57,10 @@ def check_recipe(
     for module in needed_modules(recipe):
         if not (has_module or _has)(module):
             raise MissingExtraError(_DISTRIBUTIONS.get(module, module), EXTRA)
+    if _uses(recipe, method="hqq") and (reason := (no_hqq or why_not_hqq)()) is not None:
+        raise ConfigError(
+            f"steps.quantize.method: hqq cannot be used here: {reason}", "install torchao 0.18, or use gptq"
+        )
 
 
 def needed_modules(recipe: Recipe) -> list[str]:
@@ -77,8 +87,10 @@ def why_not_fp8() -> str | None:
     return None
 
 
-def _uses_fp8(recipe: Recipe) -> bool:
-    return any(isinstance(step, Quantize) and step.codes == "fp8" for step in recipe.steps)
+def _uses(recipe: Recipe, **fields: str) -> bool:
+    """Whether a step `quantize` has these values."""
+    quantizations = [step for step in recipe.steps if isinstance(step, Quantize)]
+    return any(all(getattr(step, name) == value for name, value in fields.items()) for step in quantizations)
 
 
 def _check_limits(recipe: Recipe, objective: Objective) -> None:
@@ -112,6 +124,50 @@ def _check_target(recipe: Recipe, task: str) -> None:
         raise ConfigError("target.engine: openvino needs a file to run", "add a step `kind: export, format: openvino`")
     if engine in ("openvino", "llamacpp") and any(step.kind == "factorize" for step in recipe.steps):
         raise ConfigError(f"target.engine: {engine} has no place for factorized layers", "choose torch or onnx")
+
+
+def _check_formats(recipe: Recipe, task: str) -> None:
+    """What the files of other engines would make of weights that are quantized already."""
+    quantized = next((step for step in recipe.steps if isinstance(step, Quantize)), None)
+    if quantized is None:
+        return
+    is_text = task == "causal_lm"
+    for number, step in enumerate(recipe.steps):
+        if isinstance(step, Export):
+            _check_export(f"steps.{number}.quantize", step, is_text)
+    in_blocks = {"openvino", "gguf"} & set(formats(recipe)) or {"openvino", "llamacpp"} & {recipe.target.engine}
+    if is_text and in_blocks:
+        _check_blocks(quantized, " and ".join(sorted(in_blocks)))
+
+
+def _check_export(field: str, step: Export, is_text: bool) -> None:
+    follows_weights = step.format == "gguf" or (step.format == "openvino" and is_text)
+    if follows_weights and step.quantize != "none":
+        raise ConfigError(
+            f"{field}: {step.quantize} would round weights again that the step quantize has rounded",
+            "take out one of the two",
+        )
+    if not follows_weights and step.quantize == "none":
+        own = {"onnx": "int8_static (or int8_dynamic)", "openvino": "int8_static"}.get(step.format)
+        raise ConfigError(
+            f"{field}: none after the step quantize would write its weights in fp32, a larger file than the model",
+            f"write `quantize: {own}` in this export, or take it out" if own else "take this export out",
+        )
+
+
+def _check_blocks(step: Quantize, engines: str) -> None:
+    """GGUF's blocks, which OpenVINO reads too: 4 bits symmetric in groups of 32, or 8 bits; inputs are not rounded."""
+    if step.activations != "none":
+        raise ConfigError(
+            f"steps.quantize.activations: {step.activations} is felt on torch only, {engines} would ignore it",
+            "set activations to none",
+        )
+    if step.codes == "int4" and not (step.symmetric and step.group_size == _BLOCK):
+        got = f"granularity={step.granularity}, group_size={step.group_size}, symmetric={step.symmetric}"
+        raise ConfigError(
+            f"steps.quantize: {engines} would store these 4-bit weights in 8 bits (got {got.lower()})",
+            f"set granularity to group, group_size to {_BLOCK}, symmetric to true",
+        )
 
 
 def formats(recipe: Recipe) -> Collection[str]:

@@ -1,19 +1,21 @@
 """Post-training quantization: weights to codes with scales, inputs to calibrated or per-token scales.
 
-The arithmetic is torchao's, but for GPTQ, which works on all of these grids. Two of them are those of GGUF, so that
-engines that run GGUF files compute with the very same weights: 8 bits symmetric in groups of 32 is Q8_0, 4 bits
-symmetric in groups of 32 is Q4_0.
+The arithmetic is torchao's, but for GPTQ; GPTQ and HQQ choose other codes on the same grids. Two of them are those of
+GGUF, so that engines that run GGUF files compute with the very same weights: 8 bits symmetric in groups of 32 is Q8_0,
+4 bits symmetric in groups of 32 is Q4_0.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelyard.compression.calibration import input_moments, input_ranges
 from modelyard.compression.gptq import gptq
+from modelyard.compression.hqq import hqq
 from modelyard.compression.recipe import Quantize
 from modelyard.compression.recovery import recover
 from modelyard.compression.workspace import Workspace, copy_beside, matching, require_plain, with_compact
@@ -57,9 +59,10 @@ def quantize(work: Workspace, step: Quantize) -> Workspace:
     is_table_shared = output is not None and any(output.weight is m.weight for m in layers.values() if m is not output)
     linear = {n for n, m in model.named_modules() if _is_linear(m) and not (is_table_shared and m is output)}
     write_compact(folder, work.folder, state, compact, linear, model)
-    bits = {"int8": 8, "int4": 4, "fp8": 8}[step.codes]
-    by = ", gptq" if step.method == "gptq" else ""
-    return work.moved(folder, f"{len(stored)} layers in {bits} bits, {step.granularity} scales{by}")
+    counts = Counter(4 if layer.codes == "int4" else 8 for layer in stored.values())
+    bits = " and ".join(f"{count} in {number} bits" for number, count in sorted(counts.items()))
+    by = "" if step.method == "nearest" else f", {step.method}"
+    return work.moved(folder, f"layers: {bits}, {step.granularity} scales{by}")
 
 
 def write_compact(
@@ -163,18 +166,20 @@ def _stored(name: str, module: Any, step: Quantize) -> StoredLayer:
 
     is_table = isinstance(module, nn.Embedding)
     columns = module.weight[0].numel()
-    if step.granularity == "group" and columns % step.group_size:
+    if step.group_size is not None and columns % step.group_size:
         raise ConfigError(
             f"steps.quantize: rows of {name} have {columns} weights, no multiple of group_size={step.group_size}",
             "choose another group_size, granularity channel, or add the layer to skip",
         )
-    # a 4-bit table costs more quality than all layers together, and engines keep 8 bits there
-    codes = "int8" if is_table and step.codes == "int4" else step.codes
+    # a 4-bit table costs more quality than all layers together, and engines keep 8 bits there; codes are packed by rows
+    # of matrices, which convolutions are not
+    keeps_8 = is_table or module.weight.ndim != 2
+    codes = "int8" if keeps_8 and step.codes == "int4" else step.codes
     return StoredLayer(
         codes=codes,
         symmetric=step.symmetric,
         granularity=step.granularity,
-        group_size=step.group_size if step.granularity == "group" else None,
+        group_size=step.group_size,
         activations="none" if is_table else step.activations,
     )
 
@@ -196,6 +201,8 @@ def _codes(
     """The codes of layers that are not simply rounded to the nearest."""
     if step.method == "nearest":
         return {}
+    if step.method == "hqq":
+        return {name: hqq(module.weight, stored[name]) for name, module in layers.items()}
     linear = [name for name, module in layers.items() if _is_linear(module)]
     moments = input_moments(task, model, linear, work.calibration_batches(step.calibration_rows))
     return {name: gptq(layers[name].weight, moments.pop(name), stored[name]) for name in linear}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,8 @@ from modelyard.training.config import AdamW, Optimizer, Schedule, Workers
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+_GROUP_SIZE = 32
+"""Weights that share a scale in GGUF files, and in every group here unless told otherwise."""
 
 
 class Recovery(Config):
@@ -36,16 +38,18 @@ class Quantize(Config):
 
     kind: Literal["quantize"] = "quantize"
     codes: Literal["int8", "int4", "fp8"] = "int8"
-    """`fp8` (e4m3) needs a GPU of compute capability 8.9 to gain speed."""
-    method: Literal["nearest", "gptq"] = "nearest"
-    """Round each weight to the nearest code, or let those after it make its error good on calibration rows (Frantar et
-    al. 2023; linear layers)."""
+    """`int4` is for linear layers, convolutions and embeddings keep 8 bits. `fp8` (e4m3) needs a GPU of compute
+    capability 8.9 to gain speed."""
+    method: Literal["nearest", "gptq", "hqq"] = "nearest"
+    """Round each weight to the nearest code, or let those after it make its error good on calibration rows (`gptq`,
+    Frantar et al. 2023; linear layers), or choose scales by all weights rather than the largest (`hqq`, Badri and Shaji
+    2023; no data, symmetric)."""
     symmetric: bool = True
     """Whether 0 is the middle of the codes; otherwise a zero point per scale."""
     granularity: Literal["tensor", "channel", "group"] = "channel"
     """What shares a scale: a weight, an output channel, or `group_size` weights of one."""
-    group_size: Positive = 32
-    """Weights that share a scale, with `granularity: group`."""
+    group_size: Positive | None = None
+    """Weights that share a scale, with `granularity: group` only; 32 by default."""
     activations: Literal["none", "dynamic", "static"] = "none"
     """Round the inputs too: per token as they come, or on scales found on calibration rows."""
     embeddings: bool = True
@@ -60,16 +64,43 @@ class Quantize(Config):
     training: Recovery | None = None
     """Quantization-aware training before the rounding."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _groups_have_a_size(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("granularity") == "group" and given.get("group_size") is None:
+            return {**given, "group_size": _GROUP_SIZE}
+        return given
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
+        if self.granularity != "group" and self.group_size is not None:
+            raise ValueError(
+                f"group_size={self.group_size} is for granularity group (got granularity={self.granularity}): "
+                "set granularity to group, or leave group_size out"
+            )
+        if self.percentile < 100 and self.activations != "static":
+            raise ValueError(
+                f"percentile={self.percentile:g} is for static scales (got activations={self.activations}): "
+                "set activations to static, or leave percentile out"
+            )
         if self.codes == "fp8" and (not self.symmetric or self.granularity == "group"):
             raise ValueError("codes fp8 are symmetric, per tensor or channel")
         if self.codes == "int4" and self.activations != "none":
             raise ValueError("codes int4 are for weights only: set activations to none")
         if self.codes == "fp8" and self.method != "nearest":
-            raise ValueError("method gptq is for int8 and int4")
+            raise ValueError(f"method {self.method} is for int8 and int4")
         if self.codes == "fp8" and self.training is not None:
             raise ValueError("quantization-aware training is for int8 and int4")
+        if self.method != "nearest" and self.training is not None:
+            raise ValueError(
+                f"method {self.method} would move weights that training has put on the nearest codes: "
+                "leave method or training out"
+            )
+        if self.method == "hqq" and not self.symmetric:
+            raise ValueError(
+                "method hqq puts zero points between two codes; stored as whole ones, as they are, it is nothing but "
+                "rounding to the nearest: set symmetric to true, or method to gptq"
+            )
         return self
 
 
