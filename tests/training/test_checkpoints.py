@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from modelyard.errors import IntegrityError, StorageError, UnreachableError, WaitTimeoutError
+from modelyard.training import checkpoints
 from modelyard.training.checkpoints import (
     MANIFEST,
     STAGING,
@@ -159,31 +159,39 @@ def test_a_failed_upload_is_raised_by_the_next_save(make_writer: Callable[..., C
         writer.save(state(2), write_file(b"x"), b"history")
 
 
-@pytest.fixture
-def dead_server(monkeypatch: pytest.MonkeyPatch) -> socket.socket:
-    """Where the object store should be, and nobody listens."""
-    taken = socket.socket()
-    taken.bind(("127.0.0.1", 0))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    return taken
+def away(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
+    """Let the store not answer so many times; the list fills with the files that were asked for."""
+    asked: list[str] = []
+    put = RunFolder.put
+
+    def refuse(folder: RunFolder, source: Path, name: str) -> Any:
+        asked.append(name)
+        if len(asked) <= times:
+            raise UnreachableError("cannot reach the store", "wait")
+        return put(folder, source, name)
+
+    monkeypatch.setattr(RunFolder, "put", refuse)
+    monkeypatch.setattr(checkpoints, "RETRY_S", 0.05)
+    return asked
 
 
-def test_a_store_that_does_not_answer_is_asked_again_until_the_limit(
-    dead_server: socket.socket, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_store_that_was_away_has_the_checkpoint_afterwards(
+    store: CheckpointStore, make_writer: Callable[..., CheckpointWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder("s3://nobody/checkpoints")
-    writer = CheckpointWriter(
-        folder, rank=0, num_workers=1, attempt="0a1b2c3d", staging=tmp_path / "staging", commit_timeout_s=3.0
-    )
-    writer.save(state(1), write_file(b"x"), b"history")
+    asked = away(monkeypatch, times=3)
+    write(make_writer(), 1)
+    assert len(asked) == 5, "two files, the first of them four times"
+    assert steps_of(store) == [1]
+
+
+def test_a_store_that_stays_away_is_given_up_after_the_limit(
+    store: CheckpointStore, make_writer: Callable[..., CheckpointWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = away(monkeypatch, times=1_000_000)
     with pytest.raises(UnreachableError, match="cannot reach"):
-        writer.wait()
-    assert "tried again" in caplog.text
-    writer.close()
-    dead_server.close()
+        write(make_writer(timeout_s=0.5), 1)
+    assert len(asked) > 1
+    assert steps_of(store) == []
 
 
 @pytest.mark.parametrize("seed", range(12))
