@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from modelyard.tuning.study import Trial
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_STEPS, RUNG, FACTOR = 405, 15, 3
-MORE = 3
+MAX_STEPS, RUNG, FACTOR = 405, 45, 3
+MORE = 2
 """Trials of ASHA for each of random search."""
 SPACE = {
     "optimizer.learning_rate": {"low": 1e-5, "high": 0.3, "log": True},
