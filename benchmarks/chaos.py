@@ -3,11 +3,13 @@
     python benchmarks/chaos.py                        every fault (as root; about half an hour)
     python benchmarks/chaos.py --quick                a killed worker, a short cut, a killed head
     python benchmarks/chaos.py --only head --json out.json
+    python benchmarks/chaos.py --quick --together     one run meets them all, one after the other
 
 Four hosts of network namespaces with ssh, started by `modelyard up`: a head, one for the job's script, two that train
 (one worker each, elastic from one to two); and two replicas of a small model behind a gateway, by HTTPS on every host.
-Checkpoints and models are in an S3 server of its own. Each fault meets a fresh training run that records its
-samples, and callers who ask all the time; a caller whose host refuses goes to the next, as with a load balancer.
+Checkpoints and models are in an S3 server of its own. Each fault meets a training run (a fresh one, or with
+`--together` the same for all) that records its samples and has a checkpoint, and callers who ask all the time; a caller
+whose host refuses goes to the next, as with a load balancer.
 
 `stopped` is the longest time without a finished step, `silent` without an answered call, from the fault on. `redone`
 counts steps that were done again since the newest checkpoint; `rows` says whether the finished run used exactly the
@@ -43,6 +45,7 @@ import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 from tests.clusters.conftest import Launched, cluster_file, must  # noqa: E402
 from tests.clusters.hosts import Host, Hosts, hosts, why_not  # noqa: E402
+from tests.clusters.lossy import Lossy  # noqa: E402
 
 ROWS, TOKENS, BATCH = 4096, 32, 16
 SETTLED_S, AFTER_S = 5.0, 12.0
@@ -53,7 +56,26 @@ ASK_EVERY_S, CALL_S = 0.25, 20.0
 CALLERS = 2
 S3_PORT = 8333
 QUICK = ("worker", "link10", "head")
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
+FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
+LOOK = """
+import json, os, urllib.request
+token = open(os.environ["RAY_AUTH_TOKEN_PATH"]).read().strip()
+
+def get(path):
+    call = urllib.request.Request("http://127.0.0.1:8265" + path, headers={"Authorization": "Bearer " + token})
+    return json.load(urllib.request.urlopen(call, timeout=10))
+
+nodes = get("/api/v0/nodes?limit=1000")["data"]["result"]["result"]
+serve = get("/api/serve/applications/")
+found = [each for application in serve["applications"].values() for each in application["deployments"].values()]
+running = [sum(replica["state"] == "RUNNING" for replica in each["replicas"]) for each in found]
+whole = [each["status"] == "HEALTHY" and n == each["target_num_replicas"] for each, n in zip(found, running)]
+print("LOOK" + json.dumps({
+    "alive": [node["node_ip"] for node in nodes if node["state"] == "ALIVE"],
+    "whole": sum(whole) == len(whole) > 1,
+    "open": {proxy["status"] for proxy in serve["proxies"].values()} == {"HEALTHY"},
+}))
+"""
 DRIVER = """
 import json, sys
 from pathlib import Path
@@ -151,17 +173,18 @@ class Load:
 class Training:
     """One submitted run, followed by what its script writes."""
 
-    def __init__(self, chaos: Chaos, name: str, environment: Sequence[str]) -> None:
+    def __init__(self, chaos: Chaos, name: str) -> None:
         self.folder = chaos.folder / "runs" / name
         self.folder.mkdir(parents=True)
         (self.folder / "driver.py").write_text(DRIVER)
         words = ["submit", "--cluster", str(chaos.cluster.file), "--detach", "--driver-pool", "base", "--installed"]
-        words += ["--working-dir", str(self.folder), *(f"--env={each}" for each in environment)]
+        words += ["--working-dir", str(self.folder)]
         words += [str(self.folder / "driver.py"), str(chaos.config), str(self.folder), name]
         self.job = must(chaos.cluster.modelyard(*words)).stdout.strip()
         self.steps: list[tuple[float, int]] = []
         """When it was seen, and its number."""
         self.gangs: list[int] = []
+        self.checkpoints = 0
         self._over = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
 
@@ -191,6 +214,18 @@ class Training:
                         self.steps.append((time.monotonic(), int(record["step"])))
                     elif record["kind"] == "start":
                         self.gangs.append(int(record["num_workers"]))
+                    elif record["kind"] == "checkpoint":
+                        self.checkpoints += 1
+
+    def is_whole(self, workers: int) -> bool:
+        """Whether it trains with so many workers, and has a checkpoint."""
+        return self.checkpoints > 0 and len(self.steps) > 20 and self.gangs[-1:] == [workers]
+
+    @property
+    def redone(self) -> int:
+        """Steps that were done again so far."""
+        numbers = [number for _, number in self.steps]
+        return len(numbers) - len(set(numbers))
 
 
 class Chaos:
@@ -202,6 +237,7 @@ class Chaos:
         self.victim: Host = self.trainers[-1]
         self.lost: set[str] = set()
         self._weed: subprocess.Popen[bytes] | None = None
+        self._lossy: Lossy | None = None
         self.bridge_address = made[0].address.rpartition(".")[0] + ".254"
         self.cluster = self._prepared()
         self.config = self._training_config()
@@ -256,7 +292,7 @@ class Chaos:
             "models": [{"model": model, "placement": placement, "min_replicas": 2, "max_replicas": 2}],
         }
         (self.folder / "serving.yaml").write_text(yaml.safe_dump(serving))
-        until(lambda: len(self.alive()) == len(self.hosts.members), 120, "every host to join")
+        until(lambda: len(self.alive()) == len(self.hosts.members), START_S, "every host to join")
         for host in self.hosts.members:  # each one's own, at one path; homes differ here
             for end in ("crt", "key"):
                 must(host.run("cp", f"{host.home}/.modelyard/cluster/node.{end}", f"/tmp/ray/gateway.{end}"))
@@ -312,29 +348,20 @@ class Chaos:
         line = f". ~/.modelyard/cluster/node.env; {command}"
         return self.head.run("bash", "-c", line, timeout_s=timeout_s)
 
+    def look(self) -> dict[str, Any]:
+        """What the head says about nodes, replicas and proxies; nothing while it is away."""
+        found = self.on_head(f"timeout 25 python -S -c '{LOOK}'").stdout.partition("LOOK")[2]
+        return dict(json.loads(found)) if found else {}
+
     def alive(self) -> set[str]:
         """Addresses of the hosts whose Ray is alive; none while the head is away."""
-        code = (
-            "import json, os; from ray._raylet import GcsClient;"
-            f"found = GcsClient(address='{self.head.address}:6379').get_all_node_info(timeout=5).values();"
-            "print('ALIVE' + json.dumps([n.node_manager_address for n in found if n.state == 0]))"
-        )
-        answer = self.on_head(f'timeout 25 python -c "{code}"')
-        found = answer.stdout.partition("ALIVE")[2]
-        return set(json.loads(found)) if found else set()
+        return set(self.look().get("alive", ()))
 
     def is_mended(self) -> bool:
-        """Whether all that can be there is there."""
-        if self.alive() != {host.address for host in self.hosts.members} - self.lost:
-            return False
-        answer = self.on_head("timeout 60 modelyard serve status --json")
-        try:
-            rows = json.loads("[" + answer.stdout.partition("[\n")[2])
-        except ValueError:
-            return False
-        return bool(rows) and all(
-            row["status"] in ("running", "healthy") and row["running"] == row["wanted"] for row in rows
-        )
+        """Whether all that can be there is there: hosts, replicas, ways in."""
+        wanted = {host.address for host in self.hosts.members} - self.lost
+        found = self.look()
+        return bool(found) and set(found["alive"]) == wanted and found["whole"] and found["open"]
 
     # --- faults ---
 
@@ -384,32 +411,56 @@ class Chaos:
             return False
         return True
 
-    def netem(self, *words: str) -> None:
-        """Set, or without words clear, what both ends of the victim's cable do to packets."""
-        action = ["replace", "dev", "{}", "root", "netem", *words] if words else ["del", "dev", "{}", "root"]
-        line = ["tc", "qdisc", *action]
-        subprocess.run([word.format(self.victim.interface) for word in line], check=True)
-        must(self.victim.run(*(word.format("eth0") for word in line)))
+    def spoil(self) -> None:
+        """Lose and delay what goes over the victim's cable, each way."""
+        self._lossy = Lossy(self.victim.interface, self.hosts.bridge, delay_s=0.2, loss=0.3)
+
+    def unspoil(self) -> None:
+        """Give it a good cable again."""
+        if self._lossy is not None:
+            self._lossy.close()
+            self._lossy = None
 
     def kill_worker(self) -> None:
         """Kill the training worker of one host."""
         if not any(host.kill("RayTrainWorker") for host in reversed(self.trainers)):
             raise RuntimeError("no training worker runs")
 
+    def set_clock(self, shift: str) -> None:
+        """Shift the hour that everything of Ray on the victim reads. Seconds; the time between two moments stays."""
+        (self.folder / "clock").write_text(shift)
+
+    def give_clock(self) -> None:
+        """Start the victim's Ray anew, with a clock of its own."""
+        self.set_clock("+0")
+        names = {"LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(self.folder / "clock")}
+        names |= {"FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        with (self.victim.home / ".bashrc").open("a") as profile:
+            profile.writelines(f"export {name}={value}\n" for name, value in names.items())
+        self.victim.kill("raylet/raylet")
+        until(lambda: self.victim.address not in self.alive(), 90, "the host to be missed")
+        until(self.is_mended, MEND_S, "the host with its own clock")
+
     def lose_host(self) -> None:
         """End the victim's first process, and with it all of the host."""
         os.kill(self.victim.pid, signal.SIGKILL)
         self.lost.add(self.victim.address)
 
-    def run(self, name: str) -> Outcome:
-        """One fault on a fresh run, under load."""
-        fault = FAULTS[name]
-        outcome = Outcome(name, fault.what)
-        clock = self.folder / "runs" / f"{name}.clock"
-        clock.parent.mkdir(exist_ok=True)
-        clock.write_text("+0")
-        training = Training(self, name, fault.environment(clock) if fault.environment else ())
-        until(lambda: len(training.steps) > 20, START_S, f"the run {name} to train")
+    def run(self, names: Sequence[str]) -> list[Outcome]:
+        """Faults one after another on one fresh run, under load."""
+        for name in names:
+            FAULTS[name].prepare(self)
+        training = Training(self, names[0])
+        until(lambda: training.is_whole(len(self.trainers)), START_S, f"the run {names[0]} to train on all its hosts")
+        outcomes = [self._meet(name, training) for name in names]
+        rows = judged(training.finish())
+        for outcome in outcomes:
+            outcome.rows = rows
+        return outcomes
+
+    def _meet(self, name: str, training: Training) -> Outcome:
+        fault, outcome = FAULTS[name], Outcome(name, FAULTS[name].what)
+        redone, gangs = training.redone, len(training.gangs) - 1
         with self.load() as load:
             begun = time.monotonic()
             until(
@@ -417,15 +468,15 @@ class Chaos:
             )
             text = load.answers[0][1]
             at = time.monotonic()
-            fault.strike(self, clock)
+            fault.strike(self)
             if fault.lasts_s:
                 time.sleep(fault.lasts_s)
-                fault.heal(self, clock)
+                fault.heal(self)
             if fault.is_slow_to_show:
                 with contextlib.suppress(TimeoutError):
                     until(lambda: self.victim.address not in self.alive(), 60, "the host to be missed")
             with contextlib.suppress(TimeoutError):
-                until(self.is_mended, MEND_S, "all of it to be back", pause_s=2.0)
+                until(self.is_mended, MEND_S, "all of it to be back", pause_s=1.0)
                 outcome.mended_s = time.monotonic() - at
             goes_on = len(training.steps)
             with contextlib.suppress(TimeoutError):
@@ -439,11 +490,9 @@ class Chaos:
         outcome.failures = sorted({said for _, said in load.failures})[:5]
         outcome.silent_s = longest_gap([when for when, _ in answered], at, end)
         outcome.stopped_s = longest_gap([when for when, _ in training.steps if when >= at], at, end)
-        outcome.gangs = list(training.gangs)
-        numbers = [number for _, number in training.steps]
-        outcome.redone = len(numbers) - len(set(numbers))
-        outcome.steps = max(numbers)
-        outcome.rows = judged(training.finish())
+        outcome.gangs = list(training.gangs[gangs:])
+        outcome.redone = training.redone - redone
+        outcome.steps = max(number for _, number in training.steps)
         return outcome
 
 
@@ -452,49 +501,43 @@ class Fault:
     """Something that goes wrong, and how it ends."""
 
     what: str
-    strike: Callable[[Chaos, Path], Any]
-    heal: Callable[[Chaos, Path], Any] = lambda *_: None
+    strike: Callable[[Chaos], Any]
+    heal: Callable[[Chaos], Any] = lambda _: None
     lasts_s: float = 0.0
-    environment: Callable[[Path], Sequence[str]] | None = None
-    """Variables of the run."""
+    prepare: Callable[[Chaos], Any] = lambda _: None
+    """Before the run begins."""
     is_slow_to_show: bool = False
     """Ray takes some time to notice that the host is away."""
 
 
-def clock_variables(clock: Path) -> list[str]:
-    """What makes the processes of a run read the hour from a file; the time between two moments stays true."""
-    names = {"LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
-    return [f"{name}={value}" for name, value in {**names, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}.items()]
-
-
-FILL = "fallocate -l 380m /tmp/ray/fill || dd if=/dev/zero of=/tmp/ray/fill bs=1M count=400 2> /dev/null || true"
+FILL = "! cat /dev/zero > /tmp/ray/fill"
 FAULTS: dict[str, Fault] = {
-    "worker": Fault("SIGKILL of a training worker", lambda c, _: c.kill_worker()),
-    "link10": Fault("a host's link down for 10 s", lambda c, _: c.victim.cut(), lambda c, _: c.victim.heal(), 10),
+    "worker": Fault("SIGKILL of a training worker", lambda c: c.kill_worker()),
+    "link10": Fault("a host's link down for 10 s", lambda c: c.victim.cut(), lambda c: c.victim.heal(), 10),
     "loss": Fault(
         "30 % of packets lost and 200 ms of delay on a host's link for 30 s",
-        lambda c, _: c.netem("delay", "200ms", "loss", "30%"),
-        lambda c, _: c.netem(),
+        lambda c: c.spoil(),
+        lambda c: c.unspoil(),
         30,
     ),
     "disk": Fault(
         "the disk of Ray's folder full on a host for 30 s",
-        lambda c, _: c.victim.run("bash", "-c", FILL),
-        lambda c, _: c.victim.run("rm", "-f", "/tmp/ray/fill"),
+        lambda c: must(c.victim.run("bash", "-c", FILL)),
+        lambda c: c.victim.run("rm", "-f", "/tmp/ray/fill"),
         30,
     ),
+    "s3": Fault("the S3 server away for 60 s", lambda c: c.stop_s3(), lambda c: c.start_s3(), 60),
+    "head": Fault("SIGKILL of the head's GCS", lambda c: c.head.kill("gcs/gcs_server")),
+    "raylet": Fault("SIGKILL of a host's raylet", lambda c: c.victim.kill("raylet/raylet"), is_slow_to_show=True),
+    "link120": Fault("a host's link down for 120 s", lambda c: c.victim.cut(), lambda c: c.victim.heal(), 120),
     "clock": Fault(
-        "the run's clock one hour ahead, then right again",
-        lambda _, clock: clock.write_text("+3600"),
-        lambda _, clock: clock.write_text("+0"),
+        "a host's clock one hour ahead, then right again",
+        lambda c: c.set_clock("+3600"),
+        lambda c: c.set_clock("+0"),
         20,
-        clock_variables,
+        lambda c: c.give_clock(),
     ),
-    "s3": Fault("the S3 server away for 60 s", lambda c, _: c.stop_s3(), lambda c, _: c.start_s3(), 60),
-    "head": Fault("SIGKILL of the head's GCS", lambda c, _: c.head.kill("gcs/gcs_server")),
-    "raylet": Fault("SIGKILL of a host's raylet", lambda c, _: c.victim.kill("raylet/raylet"), is_slow_to_show=True),
-    "link120": Fault("a host's link down for 120 s", lambda c, _: c.victim.cut(), lambda c, _: c.victim.heal(), 120),
-    "gone": Fault("a host gone for good", lambda c, _: c.lose_host()),
+    "gone": Fault("a host gone for good", lambda c: c.lose_host()),
 }
 
 
@@ -533,6 +576,7 @@ def chaos(folder: Path) -> Iterator[Chaos]:
             found.start()
             yield found
         finally:
+            found.unspoil()
             found.stop_s3()
 
 
@@ -560,12 +604,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=", ".join(QUICK))
     parser.add_argument("--only", nargs="+", choices=FAULTS, metavar="NAME", help=", ".join(FAULTS))
+    parser.add_argument("--together", action="store_true", help="one training run for all of them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
     options = parser.parse_args()
     if reason := why_not():
         raise SystemExit(f"hosts of network namespaces: {reason}")
-    names = list(options.only or (QUICK if options.quick else FAULTS))
+    names = sorted(options.only or (QUICK if options.quick else FAULTS), key="gone".__eq__)  # nothing follows that one
     if "clock" in names and not Path(FAKETIME).exists():
         names.remove("clock")
         print("clock: left out, it needs apt install libfaketime", flush=True)
@@ -573,9 +618,17 @@ def main() -> None:
     outcomes: list[Outcome] = []
     try:
         with chaos(folder) as found:
-            for name in names:
-                outcomes.append(found.run(name))
-                print(f"  {json.dumps(asdict(outcomes[-1]))}", flush=True)
+            for group in [names] if options.together else [[name] for name in names]:
+                try:
+                    met = found.run(group)
+                except (
+                    RuntimeError,
+                    TimeoutError,
+                    subprocess.CalledProcessError,
+                ) as error:  # the next fault may go better
+                    met = [Outcome(name, FAULTS[name].what, failures=[f"not measured: {error}"]) for name in group]
+                outcomes += met
+                print("".join(f"  {json.dumps(asdict(each))}\n" for each in met), end="", flush=True)
     finally:
         report(outcomes, options.json)
         if options.keep:

@@ -83,7 +83,20 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
         store, registry = str(folder / "store"), f"sqlite:///{folder / 'mlflow.db'}"
         must(cluster.modelyard("certs", "create", "--store", store, "--tracking-uri", registry))
         must(cluster.modelyard("up", str(cluster.file), timeout_s=300))
+        until("every host has joined", lambda: joined(cluster) == len(made.members), 240)
         yield cluster
+
+
+def joined(cluster: Launched) -> int:
+    """How many nodes are alive, as the head's dashboard says."""
+    code = (
+        "import json, os, urllib.request as u; token = open(os.environ['RAY_AUTH_TOKEN_PATH']).read().strip();"
+        "call = u.Request('http://127.0.0.1:8265/api/v0/nodes', headers={'Authorization': 'Bearer ' + token});"
+        "nodes = json.load(u.urlopen(call, timeout=10))['data']['result']['result'];"
+        "print(sum(node['state'] == 'ALIVE' for node in nodes))"
+    )
+    answer = cluster.hosts[0].run("bash", "-c", f'. ~/.modelyard/cluster/node.env; python -S -c "{code}"')
+    return int(answer.stdout or 0)
 
 
 @pytest.fixture

@@ -51,9 +51,18 @@ class Host:
         self, *command: str, env: Mapping[str, str] = {}, timeout_s: float = 60
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on it, as root."""
+        words = [*self._inside(env), *command]
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+    def start(self, *command: str, env: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:
+        """Start a command on it, as root, and do not wait."""
+        silent = subprocess.DEVNULL
+        return subprocess.Popen([*self._inside(env), *command], stdin=silent, stdout=silent, stderr=silent)
+
+    def _inside(self, env: Mapping[str, str]) -> list[str]:
         inside = ["nsenter", "-t", str(self.pid), "-m", "-n", "-p", "-u", "-i", "env", "-i", f"HOME={self.home}"]
-        inside += [f"PATH={_PYTHON}:/usr/bin:/bin:/usr/sbin:/sbin", *(f"{name}={value}" for name, value in env.items())]
-        return subprocess.run([*inside, *command], capture_output=True, text=True, timeout=timeout_s, check=False)
+        inside += [f"PATH={_PYTHON}:/usr/bin:/bin:/usr/sbin:/sbin"]
+        return [*inside, *(f"{name}={value}" for name, value in env.items())]
 
     def processes(self) -> list[str]:
         """Command lines of what runs on it, beside its own first processes."""
@@ -113,6 +122,8 @@ def _make(
     home, address = folder / f"n{number}" / "home", f"{network}.{number}"
     name, cable = f"{prefix}{number}", f"{prefix}{number}v"
     _furnish(home, network, address, key)
+    _quietly("ssh-keygen", "-R", address)  # ssh remembers the keys of hosts that were here before
+    undo.callback(_quietly, "ssh-keygen", "-R", address)
     undo.callback(_quietly, "ip", "netns", "del", name)
     _checked("ip", "netns", "add", name)
     _checked("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)

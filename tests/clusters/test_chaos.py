@@ -1,4 +1,4 @@
-"""Three faults of `benchmarks/chaos.py` on real hosts: none costs a row, or a call."""
+"""Three faults of `benchmarks/chaos.py` on real hosts, met by one run: none costs a row, or a call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.clusters.hosts import why_not
 
-pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 FAULTS = ("worker", "link10", "head")
 
@@ -22,8 +22,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     if reason := why_not():
         pytest.skip(f"hosts of network namespaces: {reason}")
     path = tmp_path_factory.mktemp("chaos") / "out.json"
-    command = [sys.executable, str(SCRIPT), "--only", *FAULTS, "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1400, check=False)
+    command = [sys.executable, str(SCRIPT), "--only", *FAULTS, "--together", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=840, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {each["fault"]: each for each in json.loads(path.read_text())}
 

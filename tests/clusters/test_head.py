@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,9 @@ SETUP = """
 import ray
 from ray import serve
 ray.init(address="auto", namespace="test", log_to_driver=False, logging_level="ERROR")
+POOL = {"modelyard/pool": "train"}
 
-@ray.remote(num_cpus=0, resources={"rack": 0.1}, max_restarts=-1, lifetime="detached", name="counter")
+@ray.remote(num_cpus=0, label_selector=POOL, max_restarts=-1, lifetime="detached", name="counter")
 class Counter:
     def __init__(self):
         self.count = 0
@@ -28,7 +32,7 @@ class Counter:
         self.count += 1
         return self.count
 
-@serve.deployment(ray_actor_options={"num_cpus": 0, "resources": {"rack": 0.1}})
+@serve.deployment(ray_actor_options={"num_cpus": 0, "label_selector": POOL})
 class Hello:
     def __call__(self, request):
         return "hello"
@@ -68,6 +72,19 @@ print(ray.get(where.remote()), flush=True)
 until = partial(conftest.until, timeout_s=120.0)
 
 
+@dataclass(frozen=True)
+class Aftermath:
+    """What was there again after the head had been killed once."""
+
+    seen: list[Any]
+    tenants: str
+    codes: dict[str, int]
+    """Exit codes of the jobs, by where their script runs."""
+    logs: dict[str, str]
+    begun: dict[str, int]
+    """How often each script was started."""
+
+
 def on_head(cluster: Launched, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a command on the head, as its user does."""
     line = '. ~/.modelyard/cluster/node.env; exec "$@"'
@@ -76,7 +93,7 @@ def on_head(cluster: Launched, *command: str) -> subprocess.CompletedProcess[str
 
 def look(cluster: Launched) -> list[Any] | None:
     """The detached actor's count, Serve's answer, and how many nodes are alive; None while the head is away."""
-    text = on_head(cluster, "python", "-c", LOOK).stdout.partition("LOOK")[2]
+    text = on_head(cluster, "timeout", "90", "python", "-c", LOOK).stdout.partition("LOOK")[2]
     return json.loads(text) if text else None
 
 
@@ -88,55 +105,67 @@ def kill_head(cluster: Launched) -> None:
     until("a new GCS runs", lambda: head.run("pgrep", "-f", "gcs/gcs_server").stdout.split() not in ([], [before]))
 
 
-def test_actors_serve_and_the_scheduler_come_back_with_a_killed_head(launched: Launched) -> None:
-    until("three nodes have joined", lambda: (found := nodes(launched)) == 3 and found)
-    assert "READY" in must(on_head(launched, "python", "-c", SETUP)).stdout
-    must(on_head(launched, "modelyard", "scheduler", "start", "--policy", "priority"))
-    must(on_head(launched, "modelyard", "quota", "set", "vision", "--guaranteed", f"{POOL}=1"))
-    assert look(launched) == [4, "hello", 3]
-    kill_head(launched)
-    found = until("all of it is back", lambda: (seen := look(launched)) is not None and seen[2] == 3 and seen)
-    assert found[0] >= 5, "the actor on another host went on, and kept what it knew"
-    assert found[1] == "hello"
-    tenants = until("the scheduler answers", lambda: on_head(launched, "modelyard", "quota", "show").stdout)
-    assert "vision" in tenants
-    must(on_head(launched, "modelyard", "scheduler", "stop"))
-
-
-@pytest.mark.parametrize("pool", [POOL, None])
-def test_a_script_outlives_the_head_in_a_pool_and_is_sent_again_otherwise(
-    launched: Launched, pool: str | None, tmp_path: Path
-) -> None:
-    (tmp_path / "job.py").write_text(JOB)
-    marks = launched.folder / f"marks-{pool}"
+@contextlib.contextmanager
+def submitted(cluster: Launched, folder: Path, pool: str | None) -> Iterator[subprocess.Popen[str]]:
+    """A job that has begun, and waits for the file `go`; it is sent again when its node is lost."""
+    marks = folder / f"marks-{pool}"
     marks.mkdir()
-    words = ["submit", "--cluster", str(launched.file), "--working-dir", str(tmp_path), "--restarts", "2"]
+    script = folder / "sent" / "job.py"
+    words = ["submit", "--cluster", str(cluster.file), "--working-dir", str(script.parent), "--restarts", "2"]
     words += ["--driver-pool", pool] if pool else []
-    command = [str(Path(sys.executable).with_name("modelyard")), *words, str(tmp_path / "job.py"), str(marks)]
-    log = tmp_path / "job.log"
+    command = [str(Path(sys.executable).with_name("modelyard")), *words, str(script), str(marks)]
+    log = folder / f"{pool}.log"
     with log.open("w") as stream:
-        job = subprocess.Popen(command, env=launched.environment, stdout=stream, stderr=stream)
+        job = subprocess.Popen(command, env=cluster.environment, stdout=stream, stderr=stream, text=True)
     try:
-        until("the script runs", lambda: (marks / "begun-0").exists())
-        kill_head(launched)
-        until("the head answers", lambda: nodes(launched) == 3, timeout_s=180)
-        (marks / "go").touch()
-        assert job.wait(180) == 0, log.read_text()
+        yield job
     finally:
         job.kill()
-    assert "work is done" in log.read_text()
-    assert len(list(marks.glob("begun-*"))) == (1 if pool else 2)
-    assert ("it is sent again" in log.read_text()) == (pool is None)
+        job.wait(20)
 
 
-def nodes(cluster: Launched) -> int:
-    """How many nodes are alive; 0 while the head is away."""
-    code = (
-        "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR');"
-        "print('NODES', sum(n['Alive'] for n in ray.nodes()))"
+@pytest.fixture(scope="module")
+def aftermath(launched: Launched, tmp_path_factory: pytest.TempPathFactory) -> Aftermath:
+    """An actor, Serve, the scheduler and two jobs on a cluster whose head is killed."""
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "sent").mkdir()
+    (folder / "sent" / "job.py").write_text(JOB)
+    with contextlib.ExitStack() as stack:
+        jobs = {pool: stack.enter_context(submitted(launched, folder, pool)) for pool in (POOL, None)}
+        assert "READY" in must(on_head(launched, "python", "-c", SETUP)).stdout
+        until("three nodes, an actor and Serve answer", lambda: (found := look(launched)) and found[2] == 3)
+        must(on_head(launched, "modelyard", "scheduler", "start", "--policy", "priority"))
+        must(on_head(launched, "modelyard", "quota", "set", "vision", "--guaranteed", f"{POOL}=1"))
+        until("both scripts run", lambda: all((folder / f"marks-{pool}" / "begun-0").exists() for pool in jobs))
+        kill_head(launched)
+        seen = until("all of it is back", lambda: (found := look(launched)) and found[2] == 3 and found, timeout_s=240)
+        tenants = until("the scheduler answers", lambda: on_head(launched, "modelyard", "quota", "show").stdout)
+        for pool in jobs:
+            (folder / f"marks-{pool}" / "go").touch()
+        codes = {str(pool): job.wait(180) for pool, job in jobs.items()}
+    return Aftermath(
+        seen=seen,
+        tenants=tenants,
+        codes=codes,
+        logs={str(pool): (folder / f"{pool}.log").read_text() for pool in jobs},
+        begun={str(pool): len(list((folder / f"marks-{pool}").glob("begun-*"))) for pool in jobs},
     )
-    words = on_head(cluster, "timeout", "60", "python", "-c", code).stdout.split()
-    return int(words[-1]) if "NODES" in words else 0
+
+
+def test_actors_serve_and_the_scheduler_come_back_with_a_killed_head(aftermath: Aftermath) -> None:
+    count, said, _ = aftermath.seen
+    assert count >= 5, "the actor on another host went on, and kept what it knew"
+    assert said == "hello"
+    assert "vision" in aftermath.tenants
+
+
+@pytest.mark.parametrize("pool", [POOL, "None"])
+def test_a_script_outlives_the_head_in_a_pool_and_is_sent_again_otherwise(aftermath: Aftermath, pool: str) -> None:
+    log = aftermath.logs[pool]
+    assert aftermath.codes[pool] == 0, log
+    assert "work is done" in log
+    assert aftermath.begun[pool] == (1 if pool == POOL else 2)
+    assert ("it is sent again" in log) == (pool == "None")
 
 
 LISTENING = """

@@ -19,7 +19,11 @@ from modelyard.errors import AccessError, ConfigError, NotFoundError, StartError
 
 SSH_TIMEOUT_S = 10
 _SECURE = ".modelyard/cluster"
-STOP = "ray stop --grace-period 5; modelyard cluster firewall --remove 2> /dev/null || true"
+STOP = (
+    "pkill -f '[r]ay start --address'; ray stop --grace-period 5; "
+    "modelyard cluster firewall --remove 2> /dev/null || true"
+)
+"""A start that is on its way, as by the autoscaler, ends first: it would come after the stop. `[r]` leaves this out."""
 RELEASE = ". ~/.modelyard/cluster/node.env; modelyard cluster keep-head --stop --forget"
 _VERSION = "import importlib.metadata as m; print(m.version('ray'))"
 
