@@ -10,6 +10,7 @@
     ├── IntegrityError        bytes are not what they should be; nothing was read from them
     │   └── UnsafeFileError       a file could run code when it is read
     ├── StorageError          a disk or an object store refused: full, unreachable, denied
+    │   └── UnreachableError      an object store does not answer now; it may later
     ├── StartError            Ray did not start on this machine
     ├── LeaseLostError        the scheduler took a job's lease away: cancelled, or not heard for too long
     ├── AccessError           who calls is unknown, or may not do this
