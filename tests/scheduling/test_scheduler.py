@@ -179,6 +179,9 @@ def test_nothing_is_forgotten_over_a_restart(world: World) -> None:
     before = world.scheduler.ledger
     world.clock.now += 100
     world.restart()
+    waiting = {job: world.scheduler.reason(job) for job in "bc"}
+    assert {reason and reason.code for reason in waiting.values()} == {Wait.UNDECIDED}, "also before the first round"
+    assert world.scheduler.reason("a") is None
     assert world.scheduler.ledger.entries == before.entries
     assert world.scheduler.ledger.tenants == before.tenants
     world.decide()

@@ -237,6 +237,7 @@ class Wait(enum.StrEnum):
     PREEMPTED = "preempted"
     NEVER_FITS = "never_fits"
     NOT_WORTH_IT = "not_worth_it"
+    UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ COMPACT_LINES = 20_000
 """Lines of the journal after which one line takes their place."""
 KEEP_OVER = 1_000
 """Jobs that are over and stay known then, the newest."""
+_UNDECIDED = Reason(Wait.UNDECIDED, "the scheduler has just started; its first round decides", "wait for a moment")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ class Scheduler:
         self._seconds: dict[str, tuple[str, float]] = {}
         """Job to another driver that would go on with it, and when that was heard."""
         self._yields: dict[str, tuple[float, str]] = {}
-        self._reasons: dict[str, Reason] = {}
+        self._reasons: dict[str, Reason] = {
+            entry.request.job_id: _UNDECIDED for entry in self.ledger.active() if entry.status is Status.WAITING
+        }
         self._gauges = {entry.request.job_id: _gauge(entry) for entry in self.ledger.active()}
         self._done: dict[str, float] = {}
         self._pools: dict[str, str] = {}
