@@ -1,6 +1,6 @@
 # make demo    train, evaluate, register and ask a small model (sets up .venv first)
 # make test    every check and every test
-# make test-hosts  more clusters of many nodes, on hosts of network namespaces too; as root, with sshd, rsync,
+# make test-hosts  clusters of many nodes, on hosts of network namespaces too; as root, with sshd, rsync,
 #              iproute2, nftables
 # make check   format, lint, types, import directions, unit tests: under three minutes
 # make setup   .venv alone; made anew when pyproject.toml changes
@@ -24,7 +24,6 @@ demo: $(READY)
 test: check
 	$(PYTEST) -m "slow and not ray"
 	$(BIN)/pytest -m "ray and not hosts"  # one after the other: clusters, and kills in them, need the machine
-	$(BIN)/pytest tests/clusters/test_head.py tests/clusters/test_hosts.py  # skipped where such hosts cannot be made
 
 test-hosts: $(READY)
 	$(BIN)/pytest -m hosts
