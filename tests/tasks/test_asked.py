@@ -18,12 +18,14 @@ from tests.serving.gateway.running import Running, running
 from modelyard.artifacts import Registry, Store
 from modelyard.cli.main import modelyard
 from modelyard.data.dataset import Column, Dataset, DatasetInfo
+from modelyard.errors import ConfigError
 from modelyard.security import KeyStore
 from modelyard.serving.engines.choice import Machine
 from modelyard.serving.gateway import GatewaySettings
 from modelyard.serving.model_server import ModelServer
 from modelyard.serving.server_config import ModelConfig, ServerConfig
 from modelyard.tasks import (
+    CausalLM,
     Forecasting,
     ImageClassification,
     ObjectDetection,
@@ -37,11 +39,12 @@ from modelyard.tasks import (
     load_model,
 )
 from modelyard.tasks.encoders import BertModel
+from modelyard.tasks.language_models import LlamaModel
 from modelyard.tasks.object_detection import DeformableDetrModel
 from modelyard.tasks.semantic_segmentation import SegformerModel
 from modelyard.tasks.speech_recognition import ConformerModel
 
-from .conftest import images_info, measure, texts_folder, write_dataset
+from .conftest import images_info, make_tokens, measure, texts_folder, write_dataset
 from .scenes import boxes_info, masks_info, speech_info, tones, wav
 
 TONES = wav(tones("abc", np.random.default_rng(0)))
@@ -270,6 +273,18 @@ def test_answers_are_written_to_a_folder_and_drawn_where_there_is_something_to_s
     for path in drawn:
         assert _pixels(path).shape == (8, 8, 3)
         assert (_pixels(path).max(axis=-1) > 1).any(), "something is drawn over the picture of zeros and ones"
+
+
+def test_a_text_that_goes_on_is_not_written_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELYARD_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MODELYARD_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    data = make_tokens(tmp_path / "tokens")
+    task = CausalLM(model=LlamaModel(layers=1, hidden_size=16, heads=2, max_positions=16))
+    task.save(task.build(Dataset.open(data).info, data), tmp_path / "model", data)
+    registry = Registry.from_settings()
+    registry.register(registry.store.put(tmp_path / "model", kind="model", name="gpt"))
+    with pytest.raises(ConfigError, match=r"--out=answers: models:/gpt goes on with a text"):
+        CliRunner().invoke(modelyard, ["predict", "models:/gpt", "the", "--out", "answers"], catch_exceptions=False)
 
 
 def _pixels(path: str) -> np.ndarray:

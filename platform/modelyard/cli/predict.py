@@ -24,7 +24,7 @@ import click
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write each answer here as NUMBER.json, drawn as NUMBER.png where its task can; not for texts that go on.",
+    help="Write each answer here as NUMBER.json, drawn as NUMBER.png where its task can.",
 )
 def predict_command(
     ref: str,
@@ -37,11 +37,14 @@ def predict_command(
 ) -> None:
     """Answer INPUTS with the model REF: texts, files of pictures or sound, or JSON, as its task takes them."""
     from modelyard.artifacts.registry import Registry
+    from modelyard.errors import ConfigError
     from modelyard.tasks import CausalLM, load_model
 
     _, folder = Registry.from_settings().open(ref, kind="model")
     task, model = load_model(folder)
     if isinstance(task, CausalLM):
+        if out is not None:
+            raise ConfigError(f"--out={out}: {ref} goes on with a text, which is printed", "leave --out away")
         context = getattr(model.config, "max_position_embeddings", None) or 128
         length = max_new_tokens or min(64, max(1, int(context) // 2))
         options = {"max_new_tokens": length, "temperature": temperature, "top_p": top_p, "seed": seed}
