@@ -81,22 +81,17 @@ def apply(
     recipe: Recipe,
     scratch: Path,
     *,
-    before: Figures | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[Workspace, Report]:
     """Run a recipe and measure what it makes, below `scratch`; judges and registers nothing.
-
-    Args:
-        before: figures of the source, where they are known already.
 
     Raises:
         InputError, TrainingError, StorageError: as for `compress`.
     """
     tell = on_step or (lambda line: None)
     work = _begin(registry, model, recipe, scratch)
-    if before is None:
-        tell(f"measure {work.source.reference} on torch")
-        before = _figures(work, work.source_folder, "torch")
+    tell(f"measure {work.source.reference} on torch")
+    before = _figures(work, work.source_folder, "torch")
     for number, step in enumerate(recipe.steps, 1):
         tell(f"step {number}/{len(recipe.steps)} {step.kind}")
         with errors_only():
