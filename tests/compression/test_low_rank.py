@@ -21,19 +21,19 @@ from modelyard.tasks.lora import Lora
 
 def test_factors_of_full_rank_are_the_weight() -> None:
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    first, second = low_rank(weight, 4, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    first, second = low_rank(weight, 4, torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0])))
     assert torch.allclose(second @ first, weight, atol=1e-5)
 
 
-def test_inputs_of_size_make_the_error_small_where_it_is_felt() -> None:
+def test_with_moments_no_other_map_of_that_rank_has_nearer_outputs() -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, norm = torch.randn(32, 16, generator=generator), torch.logspace(-2, 2, 16)
-    x = torch.randn(500, 16, generator=generator) * norm
-    errors = []
-    for size in (None, norm):
-        first, second = low_rank(weight, 4, size)
-        errors.append(float((x @ (second @ first - weight).T).square().mean()))
-    assert errors[1] < errors[0] / 2
+    weight, mixing = torch.randn(32, 16, generator=generator), torch.randn(16, 16, generator=generator)
+    x = torch.randn(500, 16, generator=generator) * torch.logspace(-2, 2, 16) @ mixing
+    plain, scaled = (low_rank(weight, 4, moments) for moments in (None, x.T @ x))
+    errors = [float((x @ (second @ first - weight).T).square().mean()) for first, second in (plain, scaled)]
+    least = torch.linalg.svdvals(x @ weight.T)[4:].square().sum() / (500 * 32)  # Eckart and Young
+    assert errors[1] == pytest.approx(float(least), rel=1e-3)
+    assert errors[0] > 2 * errors[1]
 
 
 def test_a_factorized_model_is_smaller_loads_and_answers(language: Folders, tmp_path: Path) -> None:

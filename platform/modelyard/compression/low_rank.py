@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from modelyard.compression.calibration import input_norms
+from modelyard.compression.calibration import input_moments
 from modelyard.compression.quantize import write_compact
 from modelyard.compression.recipe import Factorize, MergeLora
 from modelyard.compression.workspace import Workspace, matching, prunable, require_plain
@@ -15,6 +15,9 @@ from modelyard.tasks.lora import ADAPTER_FOLDER
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LEAST = 1e-6
+"""Of the mean second moment: what no input of the calibration ever used is not free to change."""
 
 
 def factorize(work: Workspace, step: Factorize) -> Workspace:
@@ -34,17 +37,18 @@ def factorize(work: Workspace, step: Factorize) -> Workspace:
             f"steps.factorize.layers: no linear layer is called {' or '.join(step.layers)}",
             f"the model has, among others, {next(iter(linear), 'none')}",
         )
-    norms: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
     if step.scaled:
-        norms = input_norms(task, model, chosen, work.calibration_batches(step.calibration_rows))
+        moments = input_moments(task, model, chosen, work.calibration_batches(step.calibration_rows))
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in _tied(model)}
     ranks, lost = {}, 0.0
     for name in chosen:
         weight = state.pop(f"{name}.weight")
         out, columns = weight.shape
         ranks[name] = rank = max(1, int(step.size * out * columns / (out + columns)))
-        first, second = low_rank(weight, rank, norms.get(name))
-        lost += float((second @ first - weight).square().sum() / weight.square().sum()) / len(chosen)
+        seen = moments.get(name)
+        first, second = low_rank(weight, rank, seen)
+        lost += _energy(second @ first - weight, seen) / _energy(weight, seen) / len(chosen)
         state[f"{name}.0.weight"], state[f"{name}.1.weight"] = first, second
         if f"{name}.bias" in state:
             state[f"{name}.1.bias"] = state.pop(f"{name}.bias")
@@ -53,14 +57,27 @@ def factorize(work: Workspace, step: Factorize) -> Workspace:
     return work.moved(folder, f"{len(chosen)} layers of {step.size:.0%} size hold {1 - lost:.1%} of their energy")
 
 
-def low_rank(weight: Tensor, rank: int, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Factors (rank, in) and (out, rank) whose product is nearest to `weight` (out, in); by inputs of size `norm`."""
+def low_rank(weight: Tensor, rank: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Factors (rank, in) and (out, rank) whose product is nearest to `weight` (out, in).
+
+    With second moments (in, in) of the inputs, the outputs are nearest, as in Wang et al. 2025, "SVD-LLM": the inputs
+    are whitened before the singular values are cut.
+    """
     import torch
 
-    scale = torch.ones(weight.shape[1]) if norm is None else norm.clamp_min(1e-6)
-    u, s, v = torch.linalg.svd(weight.float() * scale, full_matrices=False)
+    if moments is None:
+        moments = torch.eye(weight.shape[1])
+    values, vectors = torch.linalg.eigh(moments.double())
+    size = values.clamp_min(_LEAST * values.mean()).sqrt()  # of the inputs, along the directions of `vectors`
+    u, s, v = torch.linalg.svd(weight.double() @ vectors * size, full_matrices=False)
     root = s[:rank].sqrt()
-    return (root[:, None] * v[:rank]) / scale, u[:, :rank] * root
+    first = (root[:, None] * v[:rank] / size) @ vectors.T
+    return first.to(weight.dtype), (u[:, :rank] * root).to(weight.dtype)
+
+
+def _energy(weight: Tensor, moments: Tensor | None) -> float:
+    """Sum of squares of the outputs; without moments, of the weights."""
+    return float(((weight if moments is None else weight @ moments) * weight).sum())
 
 
 def merge_lora(work: Workspace, step: MergeLora) -> Workspace:

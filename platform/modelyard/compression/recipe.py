@@ -196,7 +196,7 @@ class Factorize(Config):
     layers: tuple[str, ...] = ("*_proj",)
     """Which linear layers, by glob."""
     scaled: bool = True
-    """Weigh errors by the size of each input on calibration rows (Yuan et al. 2023, ASVD)."""
+    """Keep the outputs on calibration rows, not the weights (Wang et al. 2025, SVD-LLM)."""
     calibration_rows: Positive = 64
     training: Recovery | None = None
 
