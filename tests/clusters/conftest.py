@@ -18,7 +18,7 @@ import yaml
 from tests.clusters.hosts import Host, Hosts, hosts, why_not
 
 ROOT = Path(__file__).parents[2]
-POOL = "train"
+POOL, NODES = "train", 4
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,26 @@ class Launched:
     stranger: Host | None = None
     """A host on the same network that is not of the cluster."""
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Where its artifacts, runs and keys are, in a folder that all hosts share."""
+        return {
+            "MODELYARD_STORE": str(self.folder / "store"),
+            "MODELYARD_TRACKING_URI": f"sqlite:///{self.folder / 'mlflow.db'}",
+            "MODELYARD_GATEWAY_DB": f"sqlite:///{self.folder / 'gateway.db'}",
+        }
+
     def modelyard(self, *words: str, timeout_s: float = 180, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run the command line outside of the cluster."""
         command = [str(Path(sys.executable).with_name("modelyard")), *words]
         return subprocess.run(
             command, env={**self.environment, **changes}, capture_output=True, text=True, timeout=timeout_s, check=False
         )
+
+    def on_head(self, *command: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+        """Run a command on the head, as its user does."""
+        line = '. ~/.modelyard/cluster/node.env; exec "$@"'
+        return self.hosts[0].run("bash", "-c", line, "-", *command, timeout_s=timeout_s)
 
     @property
     def node_environment(self) -> dict[str, str]:
@@ -69,7 +83,7 @@ def cluster_file(made: Hosts, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
-    """Three hosts, certificates, and the cluster up on them; a fourth host is a stranger. The last test stops it."""
+    """A head, two hosts that train, one at the site `north`: the cluster is up on them; a fifth host is a stranger."""
     if reason := why_not():
         pytest.skip(f"hosts of network namespaces: {reason}")
     folder = tmp_path_factory.mktemp("hosts")
@@ -77,13 +91,18 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     home = folder / "home"
     environment = {**kept, "HOME": str(folder), "MODELYARD_HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
     environment["RAY_TMPDIR"] = str(folder)
-    with hosts(4, folder) as everyone:
-        made = Hosts(everyone.members[:3], everyone.key, everyone.bridge)
-        cluster = Launched(made, cluster_file(made, folder), folder, environment, everyone[3])
-        store, registry = str(folder / "store"), f"sqlite:///{folder / 'mlflow.db'}"
-        must(cluster.modelyard("certs", "create", "--store", store, "--tracking-uri", registry))
+    with hosts(NODES + 1, folder) as everyone:
+        made = Hosts(everyone.members[:NODES], everyone.key, everyone.bridge)
+        cluster = Launched(made, cluster_file(made, folder), folder, environment, everyone[NODES])
+        edge = {"pool": "edge", "site": "north", "tier": "edge", "resources": {}}
+        data = yaml.safe_load(cluster.file.read_text())
+        data["metadata"]["hosts"][made[3].address] |= edge
+        cluster.file.write_text(yaml.safe_dump(data))
+        store, uri, keys = cluster.variables.items()
+        words = ["--store", store[1], "--tracking-uri", uri[1], "--env", "=".join(keys)]
+        must(cluster.modelyard("certs", "create", *words))
         must(cluster.modelyard("up", str(cluster.file), timeout_s=300))
-        until("every host has joined", lambda: joined(cluster) == len(made.members), 240)
+        until("every host has joined", lambda: joined(cluster) == NODES, 240)
         yield cluster
 
 

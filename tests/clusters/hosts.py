@@ -101,7 +101,8 @@ class Hosts:
 @contextlib.contextmanager
 def hosts(count: int, folder: Path) -> Iterator[Hosts]:
     """Make hosts for as long as the context lasts; nothing of them is left after it."""
-    site = os.getpid() % 200 + 20
+    start = os.getpid()
+    site = next(number for each in range(200) if not _exists(f"mybr{(number := (start + each) % 200 + 20)}"))
     network, bridge = NETWORK.format(site=site), f"mybr{site}"
     key = folder / "id_ed25519"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
@@ -190,6 +191,10 @@ def _furnish(home: Path, network: str, address: str, key: Path) -> None:
         f"$(command -v sshd || echo /usr/sbin/sshd) -f {here}/sshd_config -E {here}/sshd.log\n"
         "while :; do sleep 3600 & wait $! || true; done\n"
     )
+
+
+def _exists(interface: str) -> bool:
+    return Path("/sys/class/net", interface).exists()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

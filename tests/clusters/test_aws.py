@@ -17,7 +17,7 @@ import yaml
 from tests.clusters.conftest import ROOT, Launched, must, until
 from tests.clusters.hosts import Hosts, hosts, why_not
 
-pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 REGION, PORT = "us-west-2", 5055
 FIRST = 4
 """EC2 keeps the first three addresses of a subnet."""
@@ -101,8 +101,6 @@ def overridden(made: Hosts, up: Cloud, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Launched, Cloud]]:
     """The cluster of `cluster.yaml`, up."""
-    for package in ("boto3", "moto.server"):
-        pytest.importorskip(package, reason=f"needs {package} (pip install boto3 'moto[server]')")
     if reason := why_not():
         pytest.skip(f"hosts of network namespaces: {reason}")
     folder = tmp_path_factory.mktemp("aws")
@@ -112,7 +110,6 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Launched, Cl
         environment = {**kept, **up.variables, **home, "RAY_USAGE_STATS_ENABLED": "0"}
         for host in made.members:  # as on an image of yours: the programs and the address of the cloud are there
             lines = [f"export {name}={value}\n" for name, value in up.variables.items()]
-            lines.append(f"export PYTHONPATH={os.environ.get('PYTHONPATH', '')}\n")
             with (host.home / ".bashrc").open("a") as profile:
                 profile.writelines(lines)
         launched = Launched(made, overridden(made, up, folder), folder, environment)

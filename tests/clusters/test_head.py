@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from tests.clusters import conftest
-from tests.clusters.conftest import POOL, Launched, must
+from tests.clusters.conftest import NODES, POOL, Launched, must
 
-pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
 
 SETUP = """
 import ray
@@ -39,7 +39,7 @@ class Hello:
 
 counter = Counter.remote()
 ray.get([counter.add.remote() for _ in range(3)])
-serve.start(http_options={"host": "127.0.0.1", "port": 8000})
+serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": 8000})
 serve.run(Hello.bind(), name="hello", route_prefix="/hello")
 print("READY")
 """
@@ -85,15 +85,9 @@ class Aftermath:
     """How often each script was started."""
 
 
-def on_head(cluster: Launched, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command on the head, as its user does."""
-    line = '. ~/.modelyard/cluster/node.env; exec "$@"'
-    return cluster.hosts[0].run("bash", "-c", line, "-", *command, timeout_s=200)
-
-
 def look(cluster: Launched) -> list[Any] | None:
     """The detached actor's count, Serve's answer, and how many nodes are alive; None while the head is away."""
-    text = on_head(cluster, "timeout", "90", "python", "-c", LOOK).stdout.partition("LOOK")[2]
+    text = cluster.on_head("timeout", "90", "python", "-c", LOOK).stdout.partition("LOOK")[2]
     return json.loads(text) if text else None
 
 
@@ -132,14 +126,16 @@ def aftermath(launched: Launched, tmp_path_factory: pytest.TempPathFactory) -> A
     (folder / "sent" / "job.py").write_text(JOB)
     with contextlib.ExitStack() as stack:
         jobs = {pool: stack.enter_context(submitted(launched, folder, pool)) for pool in (POOL, None)}
-        assert "READY" in must(on_head(launched, "python", "-c", SETUP)).stdout
-        until("three nodes, an actor and Serve answer", lambda: (found := look(launched)) and found[2] == 3)
-        must(on_head(launched, "modelyard", "scheduler", "start", "--policy", "priority"))
-        must(on_head(launched, "modelyard", "quota", "set", "vision", "--guaranteed", f"{POOL}=1"))
+        assert "READY" in must(launched.on_head("python", "-c", SETUP)).stdout
+        until("all nodes, an actor and Serve answer", lambda: (found := look(launched)) and found[2] == NODES)
+        must(launched.on_head("modelyard", "scheduler", "start", "--policy", "priority"))
+        must(launched.on_head("modelyard", "quota", "set", "vision", "--guaranteed", f"{POOL}=1"))
         until("both scripts run", lambda: all((folder / f"marks-{pool}" / "begun-0").exists() for pool in jobs))
         kill_head(launched)
-        seen = until("all of it is back", lambda: (found := look(launched)) and found[2] == 3 and found, timeout_s=240)
-        tenants = until("the scheduler answers", lambda: on_head(launched, "modelyard", "quota", "show").stdout)
+        seen = until(
+            "all of it is back", lambda: (found := look(launched)) and found[2] == NODES and found, timeout_s=240
+        )
+        tenants = until("the scheduler answers", lambda: launched.on_head("modelyard", "quota", "show").stdout)
         for pool in jobs:
             (folder / f"marks-{pool}" / "go").touch()
         codes = {str(pool): job.wait(180) for pool, job in jobs.items()}

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import yaml
 from tests.clusters.capture import Capture
-from tests.clusters.conftest import POOL, Launched, must, until
+from tests.clusters.conftest import NODES, POOL, Launched, must, until
+from tests.serving.models import register, tiny_llama
 
-pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+from modelyard.security import KeyStore
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 def nodes(cluster: Launched) -> list[dict[str, Any]]:
@@ -23,8 +26,7 @@ def nodes(cluster: Launched) -> list[dict[str, Any]]:
         "import json, ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR');"
         "print('NODES' + json.dumps([n for n in ray.nodes() if n['Alive']]))"
     )
-    command = f'. ~/.modelyard/cluster/node.env; python -c "{code}"'
-    text = must(cluster.hosts[0].run("bash", "-c", command)).stdout
+    text = must(cluster.on_head("python", "-c", code)).stdout
     found: list[dict[str, Any]] = json.loads(text.partition("NODES")[2])
     return found
 
@@ -41,10 +43,12 @@ def intruder(launched: Launched) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_up_brings_every_host_up_with_its_labels(launched: Launched) -> None:
-    found = until("three nodes have joined", lambda: len(each := nodes(launched)) == 3 and each)
+    found = until("every node has joined", lambda: len(each := nodes(launched)) == NODES and each)
     pools = {node["NodeManagerAddress"]: node["Labels"]["modelyard/pool"] for node in found}
-    head, *workers = launched.hosts.members
-    assert pools == {head.address: "head", **{worker.address: POOL for worker in workers}}
+    head, first, second, edge = (host.address for host in launched.hosts.members)
+    assert pools == {head: "head", first: POOL, second: POOL, edge: "edge"}
+    labels = {node["NodeManagerAddress"]: node["Labels"] for node in found}
+    assert {"modelyard/site": "north", "modelyard/tier": "edge"}.items() <= labels[edge].items()
     assert all(node["Labels"]["ray.io/availability-zone"] == "rack-1" for node in found)
 
 
@@ -103,9 +107,8 @@ def test_what_travels_between_hosts_cannot_be_read(launched: Launched) -> None:
     script.write_text(CARRIER)
     marker = "the-weights-of-the-model"
     token = (launched.folder / "home" / "cluster" / "token").read_text()
-    carry = f". ~/.modelyard/cluster/node.env; python {script} {marker}"
     with Capture(launched.hosts[1].interface, [marker.encode(), token.encode()]) as capture:
-        answer = must(launched.hosts[0].run("bash", "-c", carry))
+        answer = must(launched.on_head("python", str(script), marker))
     assert "carried 100000" in answer.stdout
     assert capture.bytes_seen > 2_000_000, "the object did travel"
     assert capture.found == set()
@@ -118,7 +121,7 @@ def test_what_travels_between_hosts_cannot_be_read(launched: Launched) -> None:
 
 def test_a_node_without_a_certificate_has_not_joined(launched: Launched, intruder: subprocess.Popen[bytes]) -> None:
     assert intruder.wait(60) != 0
-    assert len(nodes(launched)) == 3
+    assert len(nodes(launched)) == NODES
 
 
 def test_a_submitted_training_runs_over_two_hosts(launched: Launched, token_folder: Path, tmp_path: Path) -> None:
@@ -137,6 +140,46 @@ def test_a_submitted_training_runs_over_two_hosts(launched: Launched, token_fold
     answer = must(launched.modelyard(*words, timeout_s=240))
     assert "models:/counter/1" in answer.stdout
     assert "training starts with 2 workers" in answer.stdout
+
+
+ASK = """
+import json, sys, urllib.request
+body = {"model": "gpt", "prompt": "The quick", "max_tokens": 8, "temperature": 0}
+headers = {"Authorization": "Bearer " + sys.argv[1], "Content-Type": "application/json"}
+call = urllib.request.Request("http://127.0.0.1:8000/v1/completions", json.dumps(body).encode(), headers)
+with urllib.request.urlopen(call, timeout=20) as answer:
+    print(answer.headers["x-modelyard-site"], repr(json.load(answer)["choices"][0]["text"]))
+"""
+
+
+def test_an_edge_application_answers_on_its_host_while_its_link_is_cut(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in launched.variables.items():
+        monkeypatch.setenv(name, value)
+    register(tiny_llama(launched.folder / "model", seed=0), "gpt")
+    key = KeyStore(launched.variables["MODELYARD_GATEWAY_DB"]).create(tenant="north")
+    model = {"reference": "models:/gpt/1", "engine": "transformers", "cache_mib": 32, "max_sequences": 4}
+    site = {"modelyard/site": "north"}
+    serving = {
+        "proxies": "every_node",
+        "gateway": {"cpus": 0.1, "label_selector": site, "settings": {"site": "north"}},
+        "models": [{"model": model, "placement": {"site": "north", "cpus": 0.2}}],
+    }
+    (launched.folder / "serving.yaml").write_text(yaml.safe_dump(serving))
+    must(launched.on_head("modelyard", "serve", "up", str(launched.folder / "serving.yaml"), "--detach"))
+    edge = launched.hosts[3]
+    said = until("it answers on its host", lambda: edge.run("python", "-c", ASK, key).stdout)
+    assert said.startswith("north '")
+    edge.cut()
+    try:
+        alone = must(edge.run("python", "-c", ASK, key)).stdout
+    finally:
+        edge.heal()
+    assert alone == said
+    refused = edge.run("python", "-c", ASK, "no-key")
+    assert "401" in refused.stderr
+    must(launched.on_head("modelyard", "serve", "down", "--all"))
 
 
 def test_down_leaves_nothing_on_any_host(launched: Launched) -> None:

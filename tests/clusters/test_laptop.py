@@ -184,7 +184,7 @@ class Callers:
                 self.failures.append(f"{type(error).__name__}: {error}")
 
 
-ray_slow = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow]
+ray_slow = [pytest.mark.ray, pytest.mark.slow]
 JOB = """
 import sys, ray
 ray.init(log_to_driver=False)
