@@ -22,7 +22,7 @@ demo: $(READY)
 
 test: check
 	$(PYTEST) -m "slow and not ray"
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m ray  # most of them wait for processes to start, or to be missed
+	$(BIN)/pytest -m ray  # one after the other: clusters, and kills in them, need the machine
 
 check: $(READY)
 	$(BIN)/ruff format --check .

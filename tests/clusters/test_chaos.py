@@ -23,8 +23,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         pytest.skip(f"hosts of network namespaces: {reason}")
     path = tmp_path_factory.mktemp("chaos") / "out.json"
     command = [sys.executable, str(SCRIPT), "--only", *FAULTS, "--together", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=840, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as script:
+        try:
+            said = script.communicate(timeout=840)[0]
+        except BaseException:
+            script.terminate()  # it takes its hosts with it
+            raise
+    assert script.returncode == 0, said[-9000:]
     return {each["fault"]: each for each in json.loads(path.read_text())}
 
 
