@@ -136,23 +136,9 @@ def _make(
     ):
         _checked("ip", "-n", name, *words)
     _checked("ip", "-n", name, "route", "add", "default", "via", f"{network}.254")
-    first = [
-        "setpriv",
-        "--pdeathsig",
-        "KILL",
-        "ip",
-        "netns",
-        "exec",
-        name,
-        "unshare",
-        "--mount",
-        "--pid",
-        "--uts",
-        "--ipc",
-        "--fork",
-        "--mount-proc",
-    ]
-    first += ["--kill-child", "--propagation", "private", "bash", str(home.parent / "init.sh")]
+    first = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", name]
+    first += ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc", "--kill-child"]
+    first += ["--propagation", "private", "bash", str(home.parent / "init.sh")]
     with (home.parent / "init.log").open("wb") as log:
         process = subprocess.Popen(first, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     undo.callback(_end, process)

@@ -83,6 +83,8 @@ class Aftermath:
     logs: dict[str, str]
     begun: dict[str, int]
     """How often each script was started."""
+    left: list[str]
+    """Scripts that still run on the head."""
 
 
 def look(cluster: Launched) -> list[Any] | None:
@@ -139,7 +141,9 @@ def aftermath(launched: Launched, tmp_path_factory: pytest.TempPathFactory) -> A
         for pool in jobs:
             (folder / f"marks-{pool}" / "go").touch()
         codes = {str(pool): job.wait(180) for pool, job in jobs.items()}
+        left = [line for line in launched.hosts[0].processes() if "marks-" in line]
     return Aftermath(
+        left=left,
         seen=seen,
         tenants=tenants,
         codes=codes,
@@ -162,6 +166,10 @@ def test_a_script_outlives_the_head_in_a_pool_and_is_sent_again_otherwise(afterm
     assert "work is done" in log
     assert aftermath.begun[pool] == (1 if pool == POOL else 2)
     assert ("it is sent again" in log) == (pool == "None")
+
+
+def test_no_script_outlives_the_head_that_it_ran_on(aftermath: Aftermath) -> None:
+    assert aftermath.left == []
 
 
 LISTENING = """

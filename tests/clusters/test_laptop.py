@@ -250,7 +250,7 @@ class TestRunning:
             "dataset": str(token_folder),
             "task": {"kind": "causal_lm", "model": model},
             "workers": {"min": 1, "max": 2, "cpus": 2, "pool": "a100"},
-            "training": {"max_steps": 900, "global_batch_size": 8, "micro_batch_size": 4, "zero_stage": 2},
+            "training": {"max_steps": 400, "global_batch_size": 8, "micro_batch_size": 4, "zero_stage": 2},
             "schedule": {"warmup_steps": 2},
         }
         (running.folder / "job.yaml").write_text(yaml.safe_dump(config))
@@ -258,11 +258,11 @@ class TestRunning:
         log = running.folder / "job.log"
         with log.open("w") as stream:
             job = subprocess.Popen([MODELYARD, *words], env=running.environment, stdout=stream, stderr=stream)
-        until("it trains", lambda: "step 1/900" in log.read_text(), 120)
+        until("it trains", lambda: "step 1/400" in log.read_text(), 120)
         assert "training starts with 2 workers" in log.read_text()
         assert "a100-0 is empty" in running.run("drain", "a100-0", "--deadline-s", "90")
         assert job.wait(300) == 0, log.read_text()
-        assert "900 steps (all steps done)" in log.read_text()
+        assert "400 steps (all steps done)" in log.read_text()
         assert {each["pool"]: each["total"] for each in json.loads(running.pools())}["a100"] == 4
 
     def test_down_ends_exactly_its_own_processes(self, running: Laptop) -> None:

@@ -223,7 +223,8 @@ class Keeper:
         while True:
             time.sleep(POLL_S)
             names = {_name(each) for each in _children(self._child.pid)}
-            self._family = _family(self._child.pid) or self._family
+            # one that has lost its parent, as a job's script does with a head that dies, still belongs to it
+            self._family = list({*_family(self._child.pid), *(each for each in self._family if each.is_running())})
             now = ("gcs_server" in names, "raylet" in names)
             has_begun = has_begun or all(now)
             if now != was:
