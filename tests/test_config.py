@@ -282,6 +282,16 @@ def test_an_override_through_a_value_is_refused(tmp_path: Path) -> None:
         load(Job, write(tmp_path, "batch: 3\n"), ["--batch.rows=2"])
 
 
+def test_an_item_of_a_list_is_reached_by_its_number() -> None:
+    data = {"steps": [{"kind": "prune"}, {"kind": "quantize"}], "skip": ["a", "b"]}
+    for override in ("--steps.1.group_size=32", "--skip.0=c"):
+        config_file.apply_override(data, override)
+    assert data == {"steps": [{"kind": "prune"}, {"kind": "quantize", "group_size": 32}], "skip": ["c", "b"]}
+    for override in ("--steps.2.kind=train", "--steps.first.kind=train", "--skip.-1=c"):
+        with pytest.raises(ConfigError, match=r"is no number of the list's 2 items\n  -> count from 0 to 1"):
+            config_file.apply_override(data, override)
+
+
 @pytest.mark.parametrize("override", ["--batch.rows", "--=3", "--batch..rows=1", "--.rows=1", "--batch.=1", "--", ""])
 def test_an_incomplete_override_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="is not complete"):

@@ -47,6 +47,8 @@ def to_yaml(data: Any) -> str:
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Set one field of `data` in place from `--section.field=value`, creating the sections it names.
 
+    Items of a list that is there have numbers from 0: `--steps.0.codes=int4`.
+
     Raises:
         ConfigError: the override is not of that form, or goes through a value that is not a section.
     """
@@ -54,20 +56,33 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     if not separator or not leaf or not all(parents):
         raise ConfigError(f"override {override!r} is not complete", "write it as --section.field=value")
+    place: Any = data
     for parent in parents:
-        if data.get(parent) is None:
-            data[parent] = {}
-        data = data[parent]
-        if not isinstance(data, dict):
+        if isinstance(place, dict) and place.get(parent) is None:
+            place[parent] = {}
+        place = place[_key(place, parent, override)]
+        if not isinstance(place, dict | list):
             raise ConfigError(
-                f"override {override!r}: {parent!r} holds {data!r} here, not a section",
+                f"override {override!r}: {parent!r} holds {place!r} here, not a section",
                 f"give {parent!r} as a whole, in YAML's inline form",
             )
     try:
-        data[leaf] = _value(text)
+        place[_key(place, leaf, override)] = _value(text)
     except yaml.YAMLError as error:
         problem = f"override {override!r} has a value that is not YAML: {error}"
         raise ConfigError(problem, "close its brackets and quotes") from error
+
+
+def _key(place: dict[str, Any] | list[Any], name: str, override: str) -> Any:
+    """What leads to `name` in a section, or to an item of a list by its number."""
+    if isinstance(place, dict):
+        return name
+    if not (name.isdigit() and int(name) < len(place)):
+        problem = f"override {override!r}: {name!r} is no number of the list's {len(place)} items"
+        raise ConfigError(
+            problem, f"count from 0 to {len(place) - 1}, or give the list as a whole, in YAML's inline form"
+        )
+    return int(name)
 
 
 def _value(text: str) -> Any:
