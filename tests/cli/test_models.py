@@ -62,6 +62,17 @@ def test_list_shows_models_and_on_request_datasets(family: list[VersionInfo], re
     assert {item["reference"] for item in json.loads(ok("list", "--json"))} == {"models:/tiny/1", "models:/tiny-int8/1"}
 
 
+def test_list_leaves_the_figures_of_compression_to_show(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "weights").write_bytes(bytes(90_112))
+    metrics = {"loss": 1.25, "compression/size_ratio": 3.5}
+    registry.register(registry.store.put(tmp_path / "m", kind="model", name="small", metrics=metrics))
+    assert "loss 1.25" in ok("list")
+    assert "compression/" not in ok("list")
+    assert "compression/size_ratio 3.5" in ok("show", "small")
+    assert "1 file, 88 KiB" in ok("show", "small")
+
+
 def test_an_empty_registry_is_said_and_is_an_empty_json_list() -> None:
     assert "no model is registered" in ok("list")
     assert json.loads(ok("list", "--json")) == []
@@ -105,13 +116,20 @@ def test_promote_moves_the_alias(family: list[VersionInfo], registry: Registry) 
 
 def test_verify_counts_what_it_read_and_names_a_damaged_file(family: list[VersionInfo], registry: Registry) -> None:
     text = ok("verify", "tiny/1")
-    assert "1 file, 0.000000 GiB" in text
+    assert "1 file, 6 bytes" in text
     _, folder = registry.open("models:/tiny/1")
     (folder / "a[bold]file.json").write_bytes(b'"tinX"')
     result = run("verify", "tiny/1")
     assert result.exit_code == 1
     assert isinstance(result.exception, IntegrityError)
     assert "'a[bold]file.json'" in str(result.exception)
+
+
+def test_download_writes_the_files_of_a_version_into_a_new_folder(family: list[VersionInfo], tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    assert "a[bold]file.json" in ok("download", "tiny/1", str(target))
+    assert (target / "a[bold]file.json").read_text() == '"tiny"'
+    assert "is there already" in str(run("download", "tiny/1", str(target)).exception)
 
 
 def test_a_wrong_reference_is_refused_with_a_hint(family: list[VersionInfo]) -> None:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import yaml
 from tests.compression.conftest import Folders
 
 from modelyard.artifacts import Registry, Store
 from modelyard.compression import Recipe, compress
 from modelyard.compression.measuring import Figures
-from modelyard.compression.pipeline import remarks
+from modelyard.compression.pipeline import remarks, scratch_folder
 from modelyard.compression.recipe import Limits
 from modelyard.compression.report import Report, broken_limits
 from modelyard.compression.silence import errors_only
@@ -243,8 +252,99 @@ def test_a_report_says_that_zeros_bring_no_speed() -> None:
     assert remarks(recipe("datasets:/d", {"kind": "shrink", "mlp": 0.5})) == ()
 
 
-def test_accuracy_is_judged_in_points() -> None:
-    worse = figures(quality={"accuracy": 0.97})
-    report = Report(("accuracy", "max"), figures(), worse, "image")
-    assert broken_limits(report, Limits(max_accuracy_drop=0.005))
-    assert not broken_limits(report, Limits(max_accuracy_drop=0.03))
+@pytest.mark.parametrize(
+    ("engine", "exports", "named"),
+    [
+        ("torch", ["onnx"], {"onnx": "--target.engine=onnx"}),
+        ("torch", ["gguf", "torch_export"], {"gguf": "--target.engine=llamacpp", "torch_export": "no target.engine"}),
+        ("onnx", ["onnx", "openvino"], {"openvino": "--target.engine=openvino"}),
+        ("openvino", ["gguf"], {}),
+        ("openvino", ["gguf", "openvino"], {"gguf": "--target.engine=llamacpp"}),
+    ],
+)
+def test_a_report_names_each_export_that_was_not_measured(
+    engine: str, exports: list[str], named: dict[str, str]
+) -> None:
+    steps = [{"kind": "export", "format": form} for form in exports]
+    found = remarks(recipe("datasets:/d", *steps, target={"engine": engine}))
+    assert len(found) == len(named)
+    for line, (form, how) in zip(found, named.items(), strict=True):
+        assert line.startswith(f"the {form} export ")
+        assert how in line
+
+
+def test_a_report_says_when_the_quality_is_torchs() -> None:
+    found = remarks(recipe("datasets:/d", {"kind": "export", "format": "gguf"}, target={"engine": "llamacpp"}))
+    assert len(found) == 1
+    assert found[0].startswith("quality is that of the weights on torch")
+
+
+def test_too_many_threads_are_refused_before_the_model_is_looked_for(registry: Registry) -> None:
+    with pytest.raises(ConfigError, match=r"target\.threads"):
+        compress("models:/nothing", recipe("datasets:/nothing", INT8, target={"threads": 100_000}))
+
+
+def test_a_scratch_folder_outlives_its_use_only_until_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch_folder() as folder:
+        left_over = folder.with_name(f"{folder.name}-killed")
+        (left_over / "step").mkdir(parents=True)
+        with scratch_folder() as other:
+            assert folder.is_dir()  # its process lives
+            assert not left_over.exists()
+            assert other != folder
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_neither_a_measuring_process_nor_files(
+    digits: Folders, registered: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    model, dataset = registered(digits, "digits")
+    path = tmp_path / "recipe.yaml"
+    endless = {"dataset": dataset, "steps": [{"kind": "prune"}], "measuring": {"repeats": 1_000_000}}
+    path.write_text(yaml.safe_dump(endless))
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    command = [str(Path(sys.executable).with_name("modelyard")), "compress", model, "--recipe", str(path)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(scratch)}, cwd=tmp_path
+    )
+    try:
+        until(lambda: process.poll() is not None or len(_measuring(process.pid)) == 1, timeout_s=120)
+        assert process.poll() is None, process.communicate()
+        [child] = _measuring(process.pid)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    until(lambda: not child.is_running(), timeout_s=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert said.endswith("interrupted\n")
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+        assert len(list(scratch.glob("modelyard-*"))) == 1
+        with scratch_folder():
+            pass
+    assert list(scratch.glob("modelyard-*")) == []
+
+
+def _measuring(parent: int) -> list[psutil.Process]:
+    """Its processes that read a model already."""
+    found = []
+    for one in psutil.Process(parent).children():
+        with suppress(psutil.Error):  # another child, gone since
+            if "modelyard.compression.measuring" in one.cmdline() and one.cpu_times().user > 1:
+                found.append(one)
+    return found
+
+
+def until(holds: Callable[[], bool], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, f"not within {timeout_s:g} s"
+        time.sleep(0.1)

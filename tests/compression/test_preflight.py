@@ -13,6 +13,7 @@ from modelyard.errors import ConfigError, MissingExtraError
 TEXT, IMAGES = ("causal_lm", ("perplexity", "min")), ("image_classification", ("accuracy", "max"))
 INT8 = {"kind": "quantize"}
 INT4 = {**INT8, "codes": "int4"}
+ONNX_INT8 = {"kind": "export", "format": "onnx", "quantize": "int8_static"}
 NNCF = {"kind": "export", "format": "openvino", "quantize": "int4"}
 
 
@@ -33,7 +34,17 @@ def recipe(*steps: dict[str, Any], **more: Any) -> Recipe:
         (recipe({"kind": "export", "format": "gguf"}), IMAGES, "language models only"),
         (recipe({"kind": "factorize"}, target={"engine": "openvino"}), TEXT, "no place for factorized layers"),
         (recipe(INT8, {"kind": "export", "format": "onnx"}), TEXT, r"steps\.1\.quantize: none after the step quantize"),
-        (recipe(INT8, {"kind": "export", "format": "torch_export"}), IMAGES, "larger file than the model"),
+        (recipe(INT8, {"kind": "export", "format": "torch_export"}), IMAGES, "torch_export would write .* in fp32"),
+        (recipe(INT4, ONNX_INT8), IMAGES, "(?s)round them again by its own 8 bits.*take the step quantize out"),
+        (
+            recipe(ONNX_INT8, {"kind": "export", "format": "onnx"}),
+            IMAGES,
+            r"steps\.1: the recipe exports to onnx twice",
+        ),
+        (recipe({**NNCF, "quantize": "int8_static"}), TEXT, r"steps\.0\.quantize: openvino takes none or int4"),
+        (recipe(NNCF), IMAGES, r"openvino takes none or int8_static .* \(got int4\)"),
+        (recipe(INT8, calibration_split="test"), TEXT, "calibration_split: test is the split that quality is measured"),
+        (recipe({"kind": "train"}, split="train", calibration_split="test"), TEXT, "split: train is what"),
         (recipe(INT8, {"kind": "export", "format": "openvino"}), IMAGES, r"(?s)fp32.*`quantize: int8_static`"),
         (recipe(INT8, NNCF), TEXT, "would round weights again"),
         (recipe(INT4, target={"engine": "openvino"}), TEXT, "would store these 4-bit weights in 8 bits"),

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from modelyard.artifacts import Manifest, Registry, VersionInfo
     from modelyard.artifacts.manifest import Kind
 
-_GIB = 1 << 30
+_COMPRESSION = "compression/"
+"""Metrics of a report with some 25 figures, which `list` leaves to `show`."""
 _MAX_DEPTH = 20
 KINDS: tuple[Kind, ...] = ("model", "dataset")
 
@@ -63,7 +64,7 @@ def list_command(kind: str, as_json: bool) -> None:
             ", ".join(info.aliases) or "-",
             info.digest[:19],
             info.created_at[:16].replace("T", " "),
-            _figures(info.metrics),
+            _figures({name: value for name, value in info.metrics.items() if not name.startswith(_COMPRESSION)}),
         )
     tables.console().print(table)
 
@@ -120,6 +121,25 @@ def verify(ref: str) -> None:
     click.echo(f"{info.reference}: {_size(manifest)}, every byte as stored ({info.digest})")
 
 
+@models.command()
+@click.argument("ref", shell_complete=complete_reference)
+@click.argument("folder", type=click.Path(path_type=Path))
+def download(ref: str, folder: Path) -> None:
+    """Write the verified files of a version into FOLDER, for a runtime elsewhere. FOLDER must not be there yet."""
+    import shutil
+
+    from modelyard.errors import ConfigError
+
+    if folder.exists():
+        raise ConfigError(f"{str(folder)!r} is there already", "name a folder that is not")
+    info, source = _registry().open(ref, _default_kind(ref))
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    part.rename(folder)
+    click.echo(f"{info.reference} is in {folder}: {', '.join(sorted(each.name for each in folder.iterdir()))}")
+
+
 @models.command("import")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--name", required=True, help="Name to register it under.")
@@ -159,7 +179,15 @@ def _figures(metrics: dict[str, float]) -> str:
 
 def _size(manifest: Manifest) -> str:
     plural = "s" if len(manifest.files) != 1 else ""
-    return f"{len(manifest.files)} file{plural}, {manifest.size_bytes / _GIB:.6f} GiB"
+    return f"{len(manifest.files)} file{plural}, {_readable(manifest.size_bytes)}"
+
+
+def _readable(size: int) -> str:
+    """`1.5 MiB`."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.4g} {unit}"
+    return f"{size} byte{'s' if size != 1 else ''}"
 
 
 def _facts(info: VersionInfo, manifest: Manifest) -> list[tuple[str, str]]:

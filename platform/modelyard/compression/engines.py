@@ -10,7 +10,7 @@ import inspect
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ class Generated:
     """A greedy continuation."""
 
     ids: list[int]
+    """Empty from llama.cpp."""
     prefill_s: float
     """Until the first token."""
     token_s: list[float]
@@ -151,7 +152,8 @@ class OpenVINOEngine(Engine):
         core = openvino.Core()
         properties = {"INFERENCE_NUM_THREADS": str(threads), "INFERENCE_PRECISION_HINT": "f32"}
         path = prepared or folder / "openvino" / "openvino_model.xml"
-        self.weight_bytes = path.with_suffix(".bin").stat().st_size
+        kept = "bin" if prepared is not None else "*"  # the graph beside prepared weights is nowhere stored
+        self.weight_bytes = folder_bytes(path.parent.glob(f"{path.stem}.{kept}"))
         model = core.read_model(path)
         self._names = {name for one in model.inputs for name in one.get_names()}
         self._request = core.compile_model(model, "CPU", properties).create_infer_request()
@@ -233,7 +235,7 @@ class ExportedEngine(Engine):
 
 
 class LlamaCppEngine(Engine):
-    """llama.cpp on a GGUF file. It gives tokens and their probabilities, not all scores."""
+    """llama.cpp on a GGUF file. It gives text and the time of each token, not their ids, and not all scores."""
 
     def __init__(self, folder: Path, threads: int, prepared: Path | None) -> None:
         llama = optional("xllamacpp", "xllamacpp", EXTRA)
@@ -250,20 +252,34 @@ class LlamaCppEngine(Engine):
         raise InputError("llama.cpp does not give the scores of all tokens", "measure quality on torch or openvino")
 
     def generate(self, prompt: Sequence[int], tokens: int) -> Generated:
-        answer = self._server.handle_completions(
-            {
-                "prompt": list(prompt),
-                "max_tokens": tokens,
-                "n_predict": tokens,
-                "temperature": 0.0,
-                "cache_prompt": False,
-                "ignore_eos": True,
-                "return_tokens": True,
-            }
-        )
-        timings = answer["timings"]
-        each = timings["predicted_ms"] / 1000 / max(1, timings["predicted_n"])
-        return Generated(list(answer.get("tokens", [])), timings["prompt_ms"] / 1000, [each] * (tokens - 1))
+        chunks: list[dict[str, Any]] = []
+        request = {
+            "prompt": list(prompt),
+            "max_tokens": tokens,
+            "n_predict": tokens,
+            "temperature": 0.0,
+            "cache_prompt": False,
+            "ignore_eos": True,
+            "stream": True,
+            "timings_per_token": True,
+        }
+        self._server.handle_completions(request, chunks.append)
+        timings = [chunk["timings"] for chunk in chunks]
+        return Generated([], timings[0]["prompt_ms"] / 1000, token_seconds(timings))
+
+
+def token_seconds(timings: Sequence[Mapping[str, float]]) -> list[float]:
+    """Of each token after the first, from llama.cpp's counts and times so far.
+
+    Tokens that are parts of one character come at once: they share their time.
+    """
+    seconds: list[float] = []
+    done, at = 1, 0.0
+    for each in timings:
+        if (new := int(each["predicted_n"]) - done) > 0:
+            seconds += [(each["predicted_ms"] - at) / 1000 / new] * new
+            done, at = int(each["predicted_n"]), each["predicted_ms"]
+    return seconds
 
 
 def gguf_of(folder: Path, temporary: Path) -> Path:

@@ -1,9 +1,16 @@
-"""Figures of one model on one engine, taken in a process of its own so that memory and CPU time are its alone."""
+"""Figures of one model on one engine, taken in a process of its own so that memory and CPU time are its alone.
+
+Neighbours on the machine slow a model down and never make it faster. So source and result are timed in two passes, the
+second of both right after one another (`Request.speed_only`), and of each figure of speed the better pass counts
+(`best_speed`).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,11 +26,12 @@ import numpy.typing as npt
 from modelyard.compression.engines import Engine, EngineName, open_engine
 from modelyard.compression.recipe import Measuring
 from modelyard.data.dataset import Dataset
-from modelyard.errors import InputError, ModelyardError, WaitTimeoutError
+from modelyard.errors import ConfigError, InputError, ModelyardError, WaitTimeoutError
 
 _BATCH = 8
 _SINGLE_ROWS = 200
 """Images or texts that a classifier answers one by one."""
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,21 @@ class Request:
     """The file that `engines.prepare` made."""
     quality_engine: EngineName | None = None
     """Measure quality on another engine (llama.cpp gives no scores); None takes the same."""
+    speed_only: bool = False
+    """Leave `Figures.quality` empty."""
+
+
+def check_threads(threads: int) -> None:
+    """Refuse more threads than this machine can run.
+
+    Raises:
+        ConfigError: the setting, its value and the limit.
+    """
+    if threads > (most := os.cpu_count() or 1):
+        raise ConfigError(
+            f"target.threads: {threads} threads, but this machine has {most} CPU{'s' * (most > 1)}",
+            f"set target.threads to at most {most}",
+        )
 
 
 def measure(request: Request, timeout_s: float) -> Figures:
@@ -79,7 +102,7 @@ def measure(request: Request, timeout_s: float) -> Figures:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    command = [sys.executable, "-m", "modelyard.compression.measuring", json.dumps(asdict(request))]
+    command = [sys.executable, "-m", "modelyard.compression.measuring", json.dumps(asdict(request)), str(os.getpid())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired:
@@ -102,6 +125,8 @@ def take(request: Request, engine: Engine | None = None) -> Figures:
         figures = _language(request.engine, engine, dataset, request.split, settings)
     else:
         figures = _classifier(request.engine, engine, dataset, request.split, settings)
+    if request.speed_only:
+        return figures
     if request.quality_engine is not None:
         engine = open_engine(request.quality_engine, folder, request.threads)
     found, seconds = quality(engine, folder, dataset, request.split, settings.rows)
@@ -111,10 +136,23 @@ def take(request: Request, engine: Engine | None = None) -> Figures:
     return replace(figures, quality=found, scored_per_cpu_s=None if request.quality_engine else read / seconds)
 
 
+def best_speed(first: Figures, second: Figures) -> Figures:
+    """The first figures, with the better of the two for each figure of speed. Pure."""
+    starts = [each.first_token_ms for each in (first, second) if each.first_token_ms is not None]
+    return replace(
+        first,
+        latency_p50_ms=min(first.latency_p50_ms, second.latency_p50_ms),
+        latency_p99_ms=min(first.latency_p99_ms, second.latency_p99_ms),
+        first_token_ms=min(starts, default=None),
+        per_s=max(first.per_s, second.per_s),
+        per_cpu_s=max(first.per_cpu_s, second.per_cpu_s),
+    )
+
+
 def _language(name: str, engine: Engine, dataset: Dataset, split: str, settings: Measuring) -> Figures:
     rows = dataset.split(split)
     length = min(settings.prompt_tokens, max(1, (dataset.info.block_tokens or 2) // 2))
-    tokens = min(settings.new_tokens, (dataset.info.block_tokens or 2) - length)
+    tokens = max(2, min(settings.new_tokens, (dataset.info.block_tokens or 2) - length))  # the first is timed apart
     prompts = [
         rows.read(np.array([i % rows.num_rows]))["input_ids"][0, :length].tolist() for i in range(settings.repeats)
     ]
@@ -128,7 +166,8 @@ def _language(name: str, engine: Engine, dataset: Dataset, split: str, settings:
         short = time.process_time() - began
         began = time.process_time()
         each += engine.generate(prompt, tokens).token_s
-        cpu.append((time.process_time() - began - short) / (tokens - 1))
+        long = time.process_time() - began
+        cpu.append((long - short) / (tokens - 1) if long > short else long / tokens)
     return Figures(
         engine=name,
         size_bytes=engine.weight_bytes,
@@ -237,8 +276,17 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _end_with(parent: int) -> None:
+    """Leave no process that measures for nobody: it ends when its parent does, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Measure what the JSON in the first argument asks for; prints the figures as JSON."""
+    """Measure what the JSON in the first argument asks for; prints the figures as JSON. The second names the parent."""
+    _end_with(int(arguments[1]))
     try:
         print(json.dumps(asdict(take(Request(**json.loads(arguments[0]))))))  # noqa: T201
     except ModelyardError as error:

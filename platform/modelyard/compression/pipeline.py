@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from modelyard.artifacts import Manifest, Parent, Registry, VersionInfo
-from modelyard.compression.engines import prepare
+from modelyard.artifacts.manifest import MANIFEST_NAME
+from modelyard.compression.engines import folder_bytes, prepare
 from modelyard.compression.export import check_published
-from modelyard.compression.measuring import Figures, Request, measure
-from modelyard.compression.preflight import check_recipe
+from modelyard.compression.measuring import Request, best_speed, check_threads, measure
+from modelyard.compression.preflight import check_recipe, formats
 from modelyard.compression.recipe import Recipe
+from modelyard.compression.recovery import check_trainings
 from modelyard.compression.report import Report, broken_limits, draw
 from modelyard.compression.silence import errors_only
+from modelyard.compression.source import check_source
 from modelyard.compression.steps import run_step
-from modelyard.compression.workspace import Workspace
+from modelyard.compression.workspace import Workspace, with_compact
 from modelyard.config import load, settings
 from modelyard.data.dataset import Dataset
 from modelyard.errors import ConfigError, DataError, LimitError
 from modelyard.tasks import read_task
+from modelyard.training.interrupts import terminated_as_interrupted
 
 _UNITS: dict[str, Literal["token", "image", "text"]] = {
     "tokens": "token",
@@ -30,6 +37,9 @@ _UNITS: dict[str, Literal["token", "image", "text"]] = {
     "labelled_text": "text",
     "tagged_text": "text",
 }
+_SCRATCH = "modelyard-compression-"
+_TARGETS = {"onnx": "onnx", "openvino": "openvino", "gguf": "llamacpp"}
+"""The engine that measures an export; none does a `torch.export` program."""
 OnStep = Callable[[str], None]
 """Called with a line before and after each step."""
 
@@ -51,6 +61,8 @@ class Compressed:
 def compress(model: str, recipe: Recipe | str | Path, *overrides: str, on_step: OnStep | None = None) -> Compressed:
     """Compress a registered model as a recipe says and register the result, when it holds the recipe's limits.
 
+    SIGTERM ends it as Ctrl-C does.
+
     Args:
         model: reference of the model, e.g. `models:/tiny-gpt@production`.
         recipe: a `Recipe` or the path of its YAML file.
@@ -67,9 +79,9 @@ def compress(model: str, recipe: Recipe | str | Path, *overrides: str, on_step: 
         recipe = load(Recipe, recipe, overrides)
     elif overrides:
         raise ConfigError("overrides go with the path of a recipe file", "use recipe.with_changes(...)")
-    with tempfile.TemporaryDirectory(prefix="modelyard-compress-") as scratch:
+    with terminated_as_interrupted(), scratch_folder() as scratch:
         registry = Registry.from_settings()
-        work, report = apply(registry, model, recipe, Path(scratch), on_step=on_step)
+        work, report = apply(registry, model, recipe, scratch, on_step=on_step)
         _require_limits(report, recipe)
         with errors_only():
             return _registered(registry, work, report)
@@ -85,33 +97,63 @@ def apply(
 ) -> tuple[Workspace, Report]:
     """Run a recipe and measure what it makes, below `scratch`; judges and registers nothing.
 
+    The speed of the source and of the result is measured twice, see `compression.measuring`.
+
     Raises:
         InputError, TrainingError, StorageError: as for `compress`.
     """
     tell = on_step or (lambda line: None)
+    check_threads(recipe.target.threads)
     work = _begin(registry, model, recipe, scratch)
     tell(f"measure {work.source.reference} on torch")
-    before = _figures(work, work.source_folder, "torch")
+    timeout_s = recipe.measuring.timeout_s
+    source = _request(work, work.source_folder, "torch")
+    before = measure(source, timeout_s)
     for number, step in enumerate(recipe.steps, 1):
         tell(f"step {number}/{len(recipe.steps)} {step.kind}")
         with errors_only():
             work = run_step(work, step)
         tell(f"  {work.notes[-1]}")
     tell(f"measure the result on {recipe.target.engine}")
-    after = _figures(work, work.folder, recipe.target.engine)
+    result = _request(work, work.folder, recipe.target.engine)
+    after = measure(result, timeout_s)
+    tell("measure the speed of both once more")
+    before = best_speed(before, measure(replace(source, speed_only=True), timeout_s))
+    after = best_speed(after, measure(replace(result, speed_only=True), timeout_s))
     unit: Literal["token", "image", "text"] = _UNITS[work.dataset.info.format]
-    return work, Report(work.task.objective, before, after, unit, remarks(recipe))
+    return work, Report(
+        work.task.objective,
+        before,
+        after,
+        unit,
+        remarks(recipe),
+        source_codes=_codes(work.source_folder),
+        stored_bytes=(_stored_bytes(work.source_folder), _stored_bytes(work.folder)),
+    )
 
 
 def remarks(recipe: Recipe) -> tuple[str, ...]:
     """What the figures of a recipe's result do not show by themselves. Pure."""
-    pruned = [step for step in recipe.steps if step.kind == "prune"]
-    if not pruned:
-        return ()
-    kernels = "; GPUs since Ampere multiply 2:4 faster" if any(step.pattern == "2:4" for step in pruned) else ""
-    return (
-        f"zeros are stored and multiplied on {recipe.target.engine} like other weights: no speed, no size{kernels}",
-    )
+    engine = recipe.target.engine
+    found = []
+    if pruned := [step for step in recipe.steps if step.kind == "prune"]:
+        kernels = "; GPUs since Ampere multiply 2:4 faster" if any(step.pattern == "2:4" for step in pruned) else ""
+        found.append(f"zeros are stored and multiplied on {engine} like other weights: no speed, no size{kernels}")
+    if engine == "llamacpp":
+        found.append("quality is that of the weights on torch: llama.cpp does not give the scores of all tokens")
+    exported = formats(recipe)
+    for form in sorted(set(exported) - _measured(recipe)):
+        how = f"`--target.engine={_TARGETS[form]}` measures it" if form in _TARGETS else "no target.engine runs it"
+        found.append(f"the {form} export was compared with the model but is not what was measured on {engine}; {how}")
+    return tuple(found)
+
+
+def _measured(recipe: Recipe) -> set[str]:
+    """The exports that the target reads: OpenVINO takes a GGUF file where there is no IR."""
+    engine, exported = recipe.target.engine, formats(recipe)
+    if engine == "openvino" and "openvino" not in exported:
+        return {"gguf"}
+    return {form for form, target in _TARGETS.items() if target == engine}
 
 
 def _begin(registry: Registry, model: str, recipe: Recipe, scratch: Path) -> Workspace:
@@ -125,9 +167,12 @@ def _begin(registry: Registry, model: str, recipe: Recipe, scratch: Path) -> Wor
     except DataError as error:
         raise DataError(f"{source.reference}: {error.problem}", error.todo) from error
     check_recipe(recipe, task.kind, task.objective)
+    parents = [each.reference for each in registry.store.manifest("model", source.digest).parents]
+    original = next((reference for reference in parents if reference.startswith("models:")), "a plain model")
+    check_source(recipe, task.kind, folder, source.reference, original)
     dataset.split(recipe.split)
     dataset.split(recipe.calibration_split)
-    return Workspace(
+    work = Workspace(
         recipe=recipe,
         source=source,
         source_folder=folder,
@@ -137,12 +182,14 @@ def _begin(registry: Registry, model: str, recipe: Recipe, scratch: Path) -> Wor
         scratch=scratch,
         name=recipe.name or f"{source.name}-compressed",
     )
+    check_trainings(work, registry)
+    return work
 
 
-def _figures(work: Workspace, folder: Path, engine: Any) -> Figures:
+def _request(work: Workspace, folder: Path, engine: Any) -> Request:
     recipe = work.recipe
     prepared = prepare(engine, folder, work.new_folder("engine"))
-    request = Request(
+    return Request(
         folder=str(folder),
         engine=engine,
         threads=recipe.target.threads,
@@ -152,7 +199,49 @@ def _figures(work: Workspace, folder: Path, engine: Any) -> Figures:
         prepared=str(prepared) if prepared is not None else None,
         quality_engine="torch" if engine == "llamacpp" else None,
     )
-    return measure(request, recipe.measuring.timeout_s)
+
+
+def _stored_bytes(folder: Path) -> int:
+    return folder_bytes(path for path in folder.rglob("*") if path.name != MANIFEST_NAME)
+
+
+def _codes(folder: Path) -> str:
+    return " and ".join(sorted({layer.codes for layer in with_compact(folder).quantized.values()}))
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, removed at the end; what processes left that were killed is removed at the beginning.
+
+    Its lock is gone with its process. It gets its name when it is locked, so that nobody takes it for left over.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        _remove_unlocked(old)
+    unnamed = Path(tempfile.mkdtemp(prefix="modelyard-new-"))
+    lock = os.open(unnamed, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = unnamed.rename(unnamed.with_name(_SCRATCH + unnamed.name.rpartition("-")[2]))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:  # another user's, or just removed
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # its process lives
+        pass
+    finally:
+        os.close(lock)
 
 
 def _require_limits(report: Report, recipe: Recipe) -> None:

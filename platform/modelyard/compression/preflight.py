@@ -15,6 +15,8 @@ _MEASURED = ("causal_lm", "image_classification", "text_classification", "token_
 _FP8_CAPABILITY = (8, 9)
 _BLOCK = 32
 """Weights that share a scale in a GGUF file."""
+_OPENVINO_QUANTIZE = {True: ("none", "int4", "int4_awq"), False: ("none", "int8_static")}
+"""Of language models, and of others."""
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "gguf": ("gguf",)}
 _ENGINES = {"onnx": ("onnxruntime",), "openvino": ("openvino", "openvino_genai"), "llamacpp": ("xllamacpp", "gguf")}
 _DISTRIBUTIONS = {"openvino": "openvino-genai", "openvino_genai": "openvino-genai"}
@@ -46,6 +48,7 @@ def check_recipe(
             f"a model of the task {task} cannot be measured on other engines yet", f"known: {', '.join(_MEASURED)}"
         )
     _check_limits(recipe, objective)
+    _check_splits(recipe)
     _check_order(recipe)
     _check_target(recipe, task)
     _check_formats(recipe, task)
@@ -102,9 +105,23 @@ def _check_limits(recipe: Recipe, objective: Objective) -> None:
         raise ConfigError(f"limits.max_accuracy_drop: the model is judged by {name}", "use max_perplexity_increase")
 
 
+def _check_splits(recipe: Recipe) -> None:
+    """What is measured must not have been seen."""
+    if recipe.split == recipe.calibration_split:
+        problem = f"calibration_split: {recipe.calibration_split} is the split that quality is measured on"
+        raise ConfigError(problem, "choose another for one of the two")
+    if recipe.split == "train" and any(getattr(step, "training", None) is not None for step in recipe.steps):
+        raise ConfigError("split: train is what the recipe's training learns from", "measure quality on another split")
+
+
 def _check_order(recipe: Recipe) -> None:
-    done = ""
+    done, exported = "", set[str]()
     for number, step in enumerate(recipe.steps):
+        if isinstance(step, Export):
+            if step.format in exported:
+                problem = f"steps.{number}: the recipe exports to {step.format} twice"
+                raise ConfigError(problem, "take one of the two out")
+            exported.add(step.format)
         if done and not isinstance(step, Export):
             raise ConfigError(f"steps.{number}: {step.kind} cannot follow {done}", f"put {step.kind} before it")
         if step.kind in ("quantize", "factorize", "export"):
@@ -127,31 +144,46 @@ def _check_target(recipe: Recipe, task: str) -> None:
 
 
 def _check_formats(recipe: Recipe, task: str) -> None:
-    """What the files of other engines would make of weights that are quantized already."""
-    quantized = next((step for step in recipe.steps if isinstance(step, Quantize)), None)
+    """What the files of other engines would make of the weights."""
+    is_text = task == "causal_lm"
+    quantized: Quantize | None = None
+    for number, step in enumerate(recipe.steps):
+        if isinstance(step, Quantize):
+            quantized = step
+        if isinstance(step, Export):
+            field = f"steps.{number}.quantize"
+            known = _OPENVINO_QUANTIZE[is_text] if step.format == "openvino" else (step.quantize,)
+            if step.quantize not in known:
+                problem = f"{field}: openvino takes {' or '.join(known)} for the task {task} (got {step.quantize})"
+                raise ConfigError(problem, "choose one of these, or another format")
+            if quantized is not None:
+                _check_export(field, step, quantized, is_text)
     if quantized is None:
         return
-    is_text = task == "causal_lm"
-    for number, step in enumerate(recipe.steps):
-        if isinstance(step, Export):
-            _check_export(f"steps.{number}.quantize", step, is_text)
     in_blocks = {"openvino", "gguf"} & set(formats(recipe)) or {"openvino", "llamacpp"} & {recipe.target.engine}
     if is_text and in_blocks:
         _check_blocks(quantized, " and ".join(sorted(in_blocks)))
 
 
-def _check_export(field: str, step: Export, is_text: bool) -> None:
-    follows_weights = step.format == "gguf" or (step.format == "openvino" and is_text)
-    if follows_weights and step.quantize != "none":
+def _check_export(field: str, step: Export, quantized: Quantize, is_text: bool) -> None:
+    if step.format == "gguf" or (step.format == "openvino" and is_text):
+        if step.quantize != "none":
+            raise ConfigError(
+                f"{field}: {step.quantize} would round weights again that the step quantize has rounded",
+                "take out one of the two",
+            )
+        return
+    own = {"onnx": "int8_static (or int8_dynamic)", "openvino": "int8_static"}.get(step.format)
+    is_same = (quantized.codes, quantized.granularity, quantized.symmetric) == ("int8", "channel", True)
+    if own is None or not is_same:
         raise ConfigError(
-            f"{field}: {step.quantize} would round weights again that the step quantize has rounded",
-            "take out one of the two",
+            f"{field}: {step.format} would write these weights in fp32, or round them again by its own 8 bits",
+            f"take the step quantize out, and write `quantize: {own}` here" if own else "take this export out",
         )
-    if not follows_weights and step.quantize == "none":
-        own = {"onnx": "int8_static (or int8_dynamic)", "openvino": "int8_static"}.get(step.format)
+    if step.quantize == "none":
         raise ConfigError(
             f"{field}: none after the step quantize would write its weights in fp32, a larger file than the model",
-            f"write `quantize: {own}` in this export, or take it out" if own else "take this export out",
+            f"write `quantize: {own}` in this export, or take it out",
         )
 
 

@@ -224,7 +224,9 @@ def _state(
             state[f"{name}.weight_packed"] = pack_int4(result.codes.reshape(result.codes.shape[0], -1))
             state[f"{name}.weight_shape"] = torch.tensor(module.weight.shape)
             if result.zero_point is not None:
-                packed = pack_int4(result.zero_point.reshape(result.scale.shape).T.contiguous())
+                packed = pack_int4(
+                    result.zero_point.reshape(-1, 1 if result.scale.ndim < 2 else result.scale.shape[1]).T.contiguous()
+                )
                 state[f"{name}.weight_zero_point"] = packed.T.contiguous()
         else:
             state[f"{name}.weight"] = result.codes

@@ -198,7 +198,6 @@ class Factorize(Config):
     scaled: bool = True
     """Keep the outputs on calibration rows, not the weights (Wang et al. 2025, SVD-LLM)."""
     calibration_rows: Positive = 64
-    training: Recovery | None = None
 
 
 class MergeLora(Config):
@@ -257,7 +256,7 @@ class Measuring(Config):
     """Use only the first rows of the split; None uses all."""
     prompt_tokens: Positive = 64
     """Language models: length of the prompts, from the held-out rows."""
-    new_tokens: Positive = 32
+    new_tokens: int = Field(default=32, ge=2)
     """Language models: tokens generated after each."""
     repeats: Positive = 3
     """Prompts, or rounds of single images or texts."""
@@ -270,7 +269,7 @@ class Limits(Config):
 
     max_perplexity_increase: float | None = Field(default=None, ge=0)
     """E.g. 0.02: at most 2 % above the source's."""
-    max_accuracy_drop: float | None = Field(default=None, ge=0)
+    max_accuracy_drop: float | None = Field(default=None, ge=0, le=1)
     """Of accuracy, or of the F1 score that texts are judged by; in points of 1, e.g. 0.005."""
     min_size_ratio: float | None = Field(default=None, gt=0)
     """How many times smaller it must be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelyard.artifacts import Parent, Registry
@@ -11,6 +12,7 @@ from modelyard.artifacts.manifest import MANIFEST_NAME
 from modelyard.compression.recipe import Distill, Recovery, Train
 from modelyard.compression.teaching import teaching
 from modelyard.compression.workspace import Workspace, copy_beside, require_plain
+from modelyard.config import parse
 from modelyard.tasks import read_task
 from modelyard.tasks.compact import StoredLayer
 from modelyard.tasks.movement import Movement
@@ -20,6 +22,24 @@ from modelyard.tasks.saving import write_task
 if TYPE_CHECKING:
     from modelyard.training import Run
     from modelyard.training.config import TrainConfig
+
+
+def check_trainings(work: Workspace, registry: Registry) -> None:
+    """Refuse before any work what a step's training would refuse.
+
+    Raises:
+        ConfigError: its settings do not fit each other.
+        NotFoundError: its teacher is not registered.
+    """
+    for number, step in enumerate(work.recipe.steps):
+        recovery: Recovery | None = getattr(step, "training", None)
+        if recovery is None:
+            continue
+        task = Refined(task=work.task, start=work.source.reference)
+        _config(work, recovery, work.name, task, f"steps.{number}")
+        teacher = recovery.distillation.teacher if recovery.distillation else None
+        if teacher is not None and not Path(teacher).is_dir():
+            registry.resolve(teacher, kind="model")
 
 
 def distill(work: Workspace, step: Distill) -> Workspace:
@@ -74,10 +94,13 @@ def recover(
     return _taken(work, registry, run)
 
 
-def _config(work: Workspace, recovery: Recovery, name: str, task: Refined) -> TrainConfig:
+def _config(
+    work: Workspace, recovery: Recovery, name: str, task: Refined, source: str = "the training of a step"
+) -> TrainConfig:
     from modelyard.training.config import TrainConfig
 
-    return TrainConfig.model_validate(
+    return parse(
+        TrainConfig,
         {
             "name": name,
             "dataset": work.dataset_version.reference,
@@ -95,7 +118,8 @@ def _config(work: Workspace, recovery: Recovery, name: str, task: Refined) -> Tr
             "optimizer": recovery.optimizer.model_dump(),
             "schedule": recovery.schedule.model_dump(),
             "validation": {"max_rows": 64, "final_split": "validation"},
-        }
+        },
+        source=source,
     )
 
 

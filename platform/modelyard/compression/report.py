@@ -21,13 +21,22 @@ class Report:
     objective: tuple[str, Literal["min", "max"]]
     """The deciding metric and its better direction."""
     before: Figures
-    """The source in eager fp32 PyTorch."""
+    """The source in eager PyTorch, which computes in fp32."""
     after: Figures
     """The result on the recipe's target."""
     unit: Literal["token", "image", "text"]
     """What is timed."""
     remarks: tuple[str, ...] = ()
     """What a reader of the figures must know."""
+    source_codes: str = ""
+    """How the source's weights are stored, where it was compressed before: e.g. `int4`."""
+    stored_bytes: tuple[int, int] | None = None
+    """All files of the two registered versions: an export lies beside the weights that it was made from."""
+
+    @property
+    def source(self) -> str:
+        """What was measured before, e.g. `torch`, or `torch, int4 weights`."""
+        return f"{self.before.engine}, {self.source_codes} weights" if self.source_codes else self.before.engine
 
     @property
     def size_ratio(self) -> float:
@@ -66,30 +75,37 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         figures = {"before": asdict(self.before), "after": asdict(self.after)}
-        return {**figures, "objective": self.objective[0], "remarks": list(self.remarks)}
+        stored = {"stored_bytes": list(self.stored_bytes)} if self.stored_bytes is not None else {}
+        return {**figures, **stored, "objective": self.objective[0], "remarks": list(self.remarks)}
 
     def lines(self) -> list[str]:
         """The table."""
         name, direction = self.objective
         b, a = self.before, self.after
-        change = f"{self.quality_drop:+.2%}" if direction == "min" else f"{-100 * self.quality_drop:+.2f} points"
+        percent = round(100 * self.quality_drop * (1 if direction == "min" else -1), 2) + 0.0  # -0.0 + 0.0 is 0.0
+        sizes = {"size": (b.size_bytes, a.size_bytes)}
+        if self.stored_bytes is not None:
+            sizes["all files"] = self.stored_bytes
         rows = [
-            (
-                "size",
-                f"{b.size_bytes / _MIB:.4g} MiB",
-                f"{a.size_bytes / _MIB:.4g} MiB",
-                f"{self.size_ratio:.2f}x less",
+            *(
+                (label, f"{x / _MIB:.4g} MiB", f"{y / _MIB:.4g} MiB", times(x / y, "less", "more"))
+                for label, (x, y) in sizes.items()
             ),
-            (name, f"{b.quality[name]:.5g}", f"{a.quality[name]:.5g}", change),
+            (
+                name,
+                f"{b.quality[name]:.5g}",
+                f"{a.quality[name]:.5g}",
+                f"{percent:+.2f}%" if direction == "min" else f"{percent:+.2f} points",
+            ),
             *self._speed_rows(),
             (
                 "peak memory",
                 f"{b.peak_memory_mib:.0f} MiB",
                 f"{a.peak_memory_mib:.0f} MiB",
-                f"{b.peak_memory_mib / a.peak_memory_mib:.2f}x less",
+                times(b.peak_memory_mib / a.peak_memory_mib, "less", "more"),
             ),
         ]
-        head = ("", f"before ({b.engine} fp32)", f"after ({a.engine})", "")
+        head = ("", f"before ({self.source})", f"after ({a.engine})", "")
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(4)]
         table = [
             f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
@@ -106,13 +122,20 @@ class Report:
         found = []
         for label, field in latency:
             x, y = getattr(b, field), getattr(a, field)
-            found.append((label, f"{x:.4g} ms", f"{y:.4g} ms", f"{x / y:.2f}x faster"))
+            found.append((label, f"{x:.4g} ms", f"{y:.4g} ms", times(x / y, "faster", "slower")))
         if b.scored_per_cpu_s is not None and a.scored_per_cpu_s is not None:
             rates.append((f"read {self.unit}s/CPU-s", "scored_per_cpu_s"))
         for label, field in rates:
             x, y = getattr(b, field), getattr(a, field)
-            found.append((label, f"{x:.4g}", f"{y:.4g}", f"{y / x:.2f}x"))
+            found.append((label, f"{x:.4g}", f"{y:.4g}", times(y / x, "faster", "slower")))
         return found
+
+
+def times(ratio: float, better: str, worse: str) -> str:
+    """`1.61x slower` for a ratio of 0.62. Pure."""
+    if f"{max(ratio, 1 / ratio):.2f}" == "1.00":
+        return "the same"
+    return f"{ratio:.2f}x {better}" if ratio > 1 else f"{1 / ratio:.2f}x {worse}"
 
 
 def broken_limits(report: Report, limits: Limits) -> list[str]:
@@ -125,11 +148,11 @@ def broken_limits(report: Report, limits: Limits) -> list[str]:
     if (most := limits.max_accuracy_drop) is not None and direction == "max" and report.quality_drop > most:
         broken.append(f"max_accuracy_drop={most:g}: {name} fell by {report.quality_drop:.4g}")
     if (least := limits.min_size_ratio) is not None and report.size_ratio < least:
-        broken.append(f"min_size_ratio={least:g}: it is {report.size_ratio:.3g} times smaller")
+        broken.append(f"min_size_ratio={least:g}: it is {times(report.size_ratio, 'smaller', 'larger')}")
     if (least := limits.min_speedup) is not None and report.speedup < least:
         broken.append(
             f"min_speedup={least:g}: {after.per_cpu_s:.4g} {report.unit}s per CPU-second "
-            f"are {report.speedup:.3g} times the {before.per_cpu_s:.4g} before"
+            f"after {before.per_cpu_s:.4g} before, {times(report.speedup, 'faster', 'slower')}"
         )
     if (most := limits.max_p99_ms) is not None and after.latency_p99_ms > most:
         broken.append(f"max_p99_ms={most:g}: one {report.unit} takes {after.latency_p99_ms:.4g} ms")
@@ -160,7 +183,7 @@ def draw(report: Report, path: Path, title: str) -> Path:
             a.peak_memory_mib / b.peak_memory_mib,
             f"{b.peak_memory_mib:.0f} -> {a.peak_memory_mib:.0f} MiB",
         ),
-        name: (a.quality[name] / b.quality[name], f"{b.quality[name]:.4g} -> {a.quality[name]:.4g}"),
+        name: (a.quality[name] / (b.quality[name] or 1.0), f"{b.quality[name]:.4g} -> {a.quality[name]:.4g}"),
     }
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -171,7 +194,7 @@ def draw(report: Report, path: Path, title: str) -> Path:
     for index, label in enumerate(labels):
         axes.text(shares[index], index, f"  {parts[label][1]}", va="center", fontsize=9)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    below = [f"share of the source ({b.engine} fp32); after on {a.engine}", *report.remarks]
+    below = [f"share of the source ({report.source}); after on {a.engine}", *report.remarks]
     axes.set(xlabel="\n".join(textwrap.fill(line, 90) for line in below), title=title)
     axes.set_xlim(0, 1.45 * max(1.0, *shares))
     axes.spines[["top", "right"]].set_visible(False)

@@ -126,7 +126,8 @@ def _weight(state: dict[str, Tensor], name: str, layer: StoredLayer) -> Tensor:
         assert shape is not None
         codes = unpack_int4(state.pop(f"{name}.weight_packed"), tuple(shape.tolist()))
         if zero_point is not None:
-            zero_point = unpack_int4(zero_point.T.contiguous(), tuple(scale.T.shape)).T
+            groups = scale.shape[1] if scale.ndim == 2 else 1
+            zero_point = unpack_int4(zero_point.T.contiguous(), (groups, scale.numel() // groups)).T
     else:
         codes = state.pop(f"{name}.weight")
     return dequantize(codes, scale, zero_point)

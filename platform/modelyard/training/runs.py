@@ -127,7 +127,8 @@ def exclusive(home: Path, run_id: str) -> Iterator[None]:
 def in_use(run_id: str) -> ConfigError:
     """The error for a run that another driver works on."""
     return ConfigError(
-        f"run {run_id!r} is being trained by another process", "wait for it, or start one of its own with --run=NAME"
+        f"run {run_id!r} is being trained by another process",
+        "wait for it, or give another name (--run=NAME; of a recipe, --name=NAME)",
     )
 
 
