@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -75,6 +76,14 @@ def test_the_node_to_drain_is_found_by_id_name_or_address() -> None:
         drain.find(nodes, "aaaaaa11", {})
     with pytest.raises(NotFoundError, match="no node 'cccccc44' is alive"):
         drain.find(nodes, "cccccc44", {})
+
+
+def test_two_starts_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELYARD_HOME", str(tmp_path))
+    with (tmp_path / "laptop.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is being started here already"):
+            laptop.up(laptop.plan([], []), tmp_path)
 
 
 class Laptop:
@@ -184,7 +193,7 @@ class Callers:
                 self.failures.append(f"{type(error).__name__}: {error}")
 
 
-ray_slow = [pytest.mark.ray, pytest.mark.slow]
+ray_slow = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow]
 JOB = """
 import sys, ray
 ray.init(log_to_driver=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from modelyard.cli.main import modelyard
 from modelyard.clusters import submit
 from modelyard.errors import AccessError, ConfigError, NotFoundError, UnavailableError
 
@@ -59,6 +61,53 @@ def test_a_script_that_is_not_there_or_elsewhere_is_refused(repository: Path, tm
         submit.prepare(repository / "jobs" / "trian.py", [])
     with pytest.raises(ConfigError, match="outside the working directory"):
         submit.prepare(repository / "jobs" / "train.py", [], tmp_path / "repository" / "jobs" / "none")
+
+
+def test_an_id_that_is_no_name_is_refused(repository: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--id 'a b/\.\./c' is no name"):
+        submit.prepare(repository / "jobs" / "train.py", [], submission_id="a b/../c")
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, socket.socket]]:
+    """An address at which calls are taken, and never answered."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", server
+
+
+def test_a_dashboard_that_never_answers_is_given_up(silent: tuple[str, socket.socket]) -> None:
+    with pytest.raises(UnavailableError, match=f"no cluster answers at {silent[0]}"):
+        submit.connect(silent[0], None, timeout_s=0.5)
+
+
+def test_the_named_cluster_is_called_whatever_rays_variables_say(
+    silent: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with pytest.raises(UnavailableError):
+        submit.connect(silent[0], "secret", timeout_s=0.5)
+    assert b"Bearer secret" in silent[1].accept()[0].recv(4096)
+
+
+def test_a_token_that_nobody_named_is_not_sent_in_plain_text(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    words = ["submit", str(repository / "jobs" / "train.py"), "--address", "http://192.0.2.1:8265"]
+    with pytest.raises(AccessError, match="is plain HTTP: the token could be read"):
+        modelyard.main(words, standalone_mode=False)
+    words[-1] = "192.0.2.1:8265"
+    with pytest.raises(ConfigError, match="is no address of a dashboard"):
+        modelyard.main(words, standalone_mode=False)
+    (tmp_path / "empty").touch()
+    with pytest.raises(ConfigError, match="holds no token"):
+        modelyard.main(
+            [*words[:-1], "http://192.0.2.1:1", "--token-file", str(tmp_path / "empty")], standalone_mode=False
+        )
 
 
 class Client:
@@ -112,7 +161,7 @@ def test_a_job_that_went_with_its_node_is_told_from_one_that_failed(
 ) -> None:
     client: Any = Client(["x"], 0, "FAILED", code, lost)
     assert submit.follow(client, "job", lambda _: None) == (code or 1)
-    assert submit.was_lost(client, "job") is expected
+    assert submit.was_lost(client, "job", "http://127.0.0.1:1") is expected
 
 
 def test_a_script_can_be_sent_to_a_pool(repository: Path) -> None:

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from modelyard.cli.doctor_checks import Finding
@@ -29,6 +29,8 @@ class Door:
     """Whether it is open on more than the loopback interface."""
     status: int | None = None
     """What an HTTP call without a token got; None when it got no HTTP answer."""
+    host: str = "127.0.0.1"
+    """An address at which it listens."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,11 @@ def _wire(exposure: Exposure) -> Iterator[Finding]:
     if exposure.gcs_is_tls:
         yield Finding("traffic", "ok", f"{exposure.gcs} speaks TLS")
     elif exposure.is_one_machine:
-        yield Finding("traffic", "ok", "in plain text, on this machine only")
+        if count := sum(door.is_public for door in exposure.doors):
+            problem = f"in plain text; {count} of Ray's ports can be reached from other machines, by who has the token"
+            yield Finding("traffic", "warn", problem, "keep others out with this machine's firewall")
+        else:
+            yield Finding("traffic", "ok", "in plain text, on this machine only")
     else:
         todo = "modelyard certs create, and start the nodes with the variables that modelyard certs node writes"
         yield Finding("traffic", "fail", f"{exposure.gcs} speaks plain text: data and token can be read", todo)
@@ -107,11 +113,14 @@ def _wire(exposure: Exposure) -> Iterator[Finding]:
 
 def _doors(exposure: Exposure) -> Iterator[Finding]:
     public = [door for door in exposure.doors if door.is_public]
-    answering = [door for door in public if door.status is not None and door.status < 400]
-    for door in answering:
+    refusing = [door for door in public if door.status in REFUSED]
+    silent = [door for door in public if door.status is None]
+    for door in public:
+        if door in refusing or door in silent:
+            continue
         todo = "let only the cluster in: modelyard cluster firewall FILE --apply, or the cloud's security group"
-        yield Finding(f"port {door.port}", "warn", f"{door.process} answers anyone", todo)
-    yield Finding("other ports", "ok", f"{len(public) - len(answering)} of Ray's open ports refuse a stranger")
+        yield Finding(f"port {door.port}", "warn", f"{door.process} answers anyone with status {door.status}", todo)
+    yield Finding("other ports", "ok", f"{len(refusing)} refuse a stranger, {len(silent)} do not speak HTTP")
 
 
 def _certificates(exposure: Exposure) -> Iterator[Finding]:
@@ -133,15 +142,17 @@ def _listening() -> list[Door]:
                 continue
             for connection in process.net_connections("tcp"):
                 if connection.status == psutil.CONN_LISTEN:
-                    public = not _is_loopback(connection.laddr.ip)
-                    found[connection.laddr.port] = Door(connection.laddr.port, name[:40], public)
+                    port, host = connection.laddr.port, connection.laddr.ip
+                    here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+                    found[port] = Door(port, name[:40], not _is_loopback(host), host=here)
         except (psutil.Error, OSError):
             continue  # it is another user's, or has ended
     return sorted(found.values(), key=lambda door: door.port)
 
 
 def _knocked(door: Door) -> Door:
-    return Door(door.port, door.process, door.is_public, _status(f"http://127.0.0.1:{door.port}/"))
+    host = f"[{door.host}]" if ":" in door.host else door.host
+    return replace(door, status=_status(f"http://{host}:{door.port}/"))
 
 
 def _status(url: str) -> int | None:

@@ -7,7 +7,13 @@ import click
 
 @click.command()
 @click.argument("node")
-@click.option("--deadline-s", default=600.0, show_default=True, help="Longest time to leave; announced to what runs.")
+@click.option(
+    "--deadline-s",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Longest time to leave; announced to what runs.",
+)
 def drain(node: str, deadline_s: float) -> None:
     """Empty NODE (its id, address, or name in `modelyard status`), and return when nothing is left on it.
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import click
 
@@ -57,7 +58,10 @@ def submit(
     Ctrl-C stops watching; the job goes on.
     """
     from modelyard.clusters import submit as jobs
+    from modelyard.errors import ConfigError
 
+    if detach and restarts:
+        raise ConfigError("--restarts needs somebody who watches, --detach leaves", "leave one of them out")
     chosen = None if pools is None else "[" + pools + "]"
     job = jobs.prepare(
         script,
@@ -70,17 +74,18 @@ def submit(
         pool=driver_pool,
     )
     with _way(file, address, timeout_s) as url:
-        client = jobs.connect(url, _token(file, token_file))
+        client = jobs.connect(url, _token(file, token_file, url), timeout_s)
+        if driver_pool is not None and driver_pool not in (known := jobs.pools_with_nodes(client)):
+            others = ", ".join(sorted(known)) or "none"
+            click.echo(
+                f"no node of the pool {driver_pool} is there now (of others: {others}); it is waited for", err=True
+            )
         job_id = jobs.start(client, job, url)
         click.echo(f"job {job_id}: {job.entrypoint}", err=True)
         if detach:
             click.echo(job_id)
             return 0
-        try:
-            return _followed(client, job, job_id, url, restarts)
-        except KeyboardInterrupt:
-            click.echo(f"\njob {job_id} goes on; ray job logs --follow {job_id}, ray job stop {job_id}", err=True)
-            return 130
+        return _followed(client, job, job_id, url, restarts)
 
 
 def _followed(client: JobSubmissionClient, job: Job, job_id: str, url: str, restarts: int) -> int:
@@ -88,8 +93,12 @@ def _followed(client: JobSubmissionClient, job: Job, job_id: str, url: str, rest
     from modelyard.clusters import submit as jobs
 
     for left in range(restarts, -1, -1):
-        code = jobs.follow(client, job_id, lambda text: click.echo(text, nl=False))
-        if code == 0 or left == 0 or not jobs.was_lost(client, job_id):
+        try:
+            code = jobs.follow(client, job_id, lambda text: click.echo(text, nl=False))
+        except KeyboardInterrupt:
+            click.echo(f"\njob {job_id} goes on; ray job logs --follow {job_id}, ray job stop {job_id}", err=True)
+            return 130
+        if code == 0 or left == 0 or not jobs.was_lost(client, job_id, url):
             break
         again = dataclasses.replace(job, submission_id=None)
         click.echo(f"job {job_id}: its node is lost; it is sent again", err=True)
@@ -114,7 +123,8 @@ def _laptop_variables(file: Path | None, address: str | None) -> dict[str, str]:
     """On this machine a job uses the artifacts and records of the shell it was sent from."""
     from modelyard.clusters import laptop
 
-    if file is not None or address is not None or laptop.current() is None:
+    elsewhere = file is not None or address is not None or "RAY_API_SERVER_ADDRESS" in os.environ
+    if elsewhere or laptop.current() is None:
         return {}
     names = ("MODELYARD_HOME", "MODELYARD_STORE", "MODELYARD_TRACKING_URI")
     return {name: os.environ[name] for name in names if name in os.environ}
@@ -138,24 +148,39 @@ def _way(file: Path | None, address: str | None, timeout_s: float) -> Iterator[s
         raise NotFoundError(
             "no cluster is named, and none runs here", "give --cluster FILE, or start one: modelyard up"
         )
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url!r} is no address of a dashboard", "write it as http://127.0.0.1:8265")
     yield url
 
 
-def _token(file: Path | None, token_file: Path | None) -> str | None:
+def _token(file: Path | None, token_file: Path | None, url: str) -> str | None:
     """The token: from the named file, the environment, the cluster's folder, or where Ray keeps it."""
     from modelyard.clusters import certs
-    from modelyard.errors import NotFoundError
+    from modelyard.errors import AccessError, ConfigError, NotFoundError
 
-    if token_file is not None and not token_file.exists():
-        raise NotFoundError(f"no token file {str(token_file)!r}", "it is made by modelyard certs create")
-    if token_file is None and (given := os.environ.get("RAY_AUTH_TOKEN")):
+    if token_file is not None:
+        if not token_file.exists():
+            raise NotFoundError(f"no token file {str(token_file)!r}", "it is made by modelyard certs create")
+        if not (token := _read(token_file)):
+            raise ConfigError(
+                f"--token-file {str(token_file)!r} holds no token", "it is made by modelyard certs create"
+            )
+        return token
+    if given := os.environ.get("RAY_AUTH_TOKEN"):
         return given
-    named = token_file or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     places = [Path(named)] if named else []
     places += [certs.default_folder() / certs.TOKEN] if file is not None else []
     places.append(Path.home() / ".ray" / "auth_token")
-    return next((found for place in places if (found := _read(place))), None)
+    found = next((token for place in places if (token := _read(place))), None)
+    host = urlsplit(url).hostname or ""
+    if found and url.startswith("http://") and not (host == "localhost" or host == "::1" or host.startswith("127.")):
+        raise AccessError(
+            f"{url} is plain HTTP: the token could be read on its way",
+            "go through ssh with --cluster FILE, or name the token with --token-file to send it all the same",
+        )
+    return found
 
 
 def _read(place: Path) -> str | None:
-    return place.read_text().strip() if place.exists() else None
+    return place.read_text().strip() if place.is_file() else None

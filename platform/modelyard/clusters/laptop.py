@@ -7,6 +7,8 @@ with that id and no others.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -20,7 +22,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,18 +126,38 @@ def up(
     Raises:
         ConfigError: a laptop cluster runs already.
         StartError: Ray did not start; nothing of it is left.
-        WaitTimeoutError: it took too long; nothing of it is left.
+        WaitTimeoutError: it took too long; nothing of it is left but the nodes' output in `logs`.
     """
+    with _alone():
+        return _up(nodes, temp_dir, start_timeout_s, dashboard)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hold this home's cluster for one `up`; the lock dies with its process."""
+    path = _state_file().with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("a cluster is being started here already", "wait for it: modelyard status") from None
+        yield
+
+
+def _up(nodes: Sequence[LogicalNode], temp_dir: Path | None, start_timeout_s: float, dashboard: int) -> Laptop:
     if (old := current()) is not None:
         raise ConfigError(f"a cluster runs here already, at {old.address}", "see modelyard status, or modelyard down")
     port, dashboard = _free_port(), _free_port(dashboard)
     folder = str(temp_dir.expanduser().absolute()) if temp_dir else _default_temp_dir()
     laptop = Laptop(uuid.uuid4().hex, f"{LOOPBACK}:{port}", f"http://{LOOPBACK}:{dashboard}", folder, tuple(nodes))
     environment = _environment(laptop)
-    state = _state_file()
-    state.parent.mkdir(parents=True, exist_ok=True)
-    state.write_text(json.dumps(asdict(laptop), indent=2))
+    part = _state_file().with_suffix(".part")
+    part.write_text(json.dumps(asdict(laptop), indent=2))
+    part.rename(_state_file())
     store_bytes = max(128 * _MIB, int(psutil.virtual_memory().available * 0.2 / len(nodes)))
+    for node in nodes:
+        _log_file(node.name).unlink(missing_ok=True)
     try:
         head = ["--head", f"--port={port}", "--include-dashboard=true", f"--dashboard-host={LOOPBACK}"]
         head += [f"--dashboard-port={dashboard}", f"--temp-dir={folder}"]
@@ -188,7 +210,13 @@ def down(laptop: Laptop) -> int:
         psutil.wait_procs(left, timeout=0.5)
         if not any(_is_supervisor(process) for process in left):
             break
+    deadline = time.monotonic() + STOP_TIMEOUT_S
     while left := laptop.processes:
+        if time.monotonic() > deadline:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise WaitTimeoutError(
+                f"the processes {pids} to end after SIGKILL", STOP_TIMEOUT_S, "laptop.STOP_TIMEOUT_S"
+            )
         for process in left:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(left, timeout=2.0)
@@ -221,7 +249,7 @@ def _start(
     command += [f"--num-cpus={node.cpus}", f"--num-gpus={node.gpus}", f"--labels={labels}"]
     command += [f"--object-store-memory={store_bytes}", "--disable-usage-stats"]
     command.append(f"--dashboard-agent-listen-port={_free_port()}")  # Ray's own is the same for every node
-    with _log_file(node.name).open("wb") as log:
+    with _log_file(node.name).open("ab") as log:  # one that is started again must not hide why
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -244,7 +272,9 @@ def _join(
                 processes[node.name] = start()
         if time.monotonic() > deadline:
             names = ", ".join(sorted(missing))
-            raise WaitTimeoutError(f"{names} of the laptop cluster", start_timeout_s, "--start-timeout-s")
+            where = f"output in {_log_file(min(missing))}"
+            what = f"{names} of the laptop cluster ({failures.total()} starts failed, {where})"
+            raise WaitTimeoutError(what, start_timeout_s, "--start-timeout-s")
         time.sleep(0.2)
 
 

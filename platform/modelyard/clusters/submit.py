@@ -7,6 +7,7 @@ import contextlib
 import fnmatch
 import logging
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -48,6 +49,13 @@ LOST = (
 """What Ray says of a job whose node is gone."""
 STOPPED_CODE = 130
 _POLL_S = 1.0
+REQUEST_TIMEOUT_S = 60.0
+"""Longest silence of the dashboard within one call."""
+SILENT_LOG_S = 300.0
+"""After so long without a line the connection is made anew, for it may be dead."""
+_ID = re.compile(r"[A-Za-z0-9._-]+")
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Ray's client takes these before the address that it is given."""
 _NOT_READY = "No available agent"
 """What Ray's dashboard says until the first node's agent has reported to it."""
 
@@ -98,8 +106,11 @@ def prepare(
 
     Raises:
         NotFoundError: there is no such script.
-        ConfigError: it is outside the working directory, or the directory is too large to send.
+        ConfigError: it is outside the working directory, the directory is too large to send, or `submission_id` is
+            no name.
     """
+    if (name := others.get("submission_id")) is not None and not _ID.fullmatch(name):
+        raise ConfigError(f"--id {name!r} is no name for a job", "use letters, digits, `.`, `_` and `-`")
     if not script.is_file():
         raise NotFoundError(f"no script {str(script)!r}", "name a Python file, e.g. jobs/train.py")
     folder = (working_dir or _root_of(script)).absolute()
@@ -125,8 +136,11 @@ def refuse_large(folder: Path, max_mib: float = MAX_MIB) -> None:
         )
 
 
-def connect(address: str, token: str | None) -> JobSubmissionClient:
-    """A client for the dashboard at `address`.
+def connect(address: str, token: str | None, timeout_s: float = REQUEST_TIMEOUT_S) -> JobSubmissionClient:
+    """A client for the dashboard at `address`, whatever Ray's variables say.
+
+    Args:
+        timeout_s: longest wait for its first answer.
 
     Raises:
         AccessError: it wants a token, or another one.
@@ -134,21 +148,34 @@ def connect(address: str, token: str | None) -> JobSubmissionClient:
     """
     from ray.job_submission import JobSubmissionClient
 
+    class Client(JobSubmissionClient):  # type: ignore[misc]
+        longest_s = timeout_s
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, timeout=self.longest_s, **options)
+
     for name in ("ray.dashboard", "ray._private.runtime_env"):
         logging.getLogger(name).setLevel(logging.ERROR)  # they tell of every file and connection
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    with translated(address):
-        return JobSubmissionClient(address, headers=headers)
+    hidden = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
+    try:
+        with translated(address):
+            client = Client(address, headers=headers)
+    finally:
+        os.environ.update(hidden)
+    client.longest_s = REQUEST_TIMEOUT_S
+    return client
 
 
 @contextlib.contextmanager
 def translated(address: str) -> Iterator[None]:
     """Turn what Ray's client raises into our errors."""
+    import requests
     from ray.exceptions import AuthenticationError
 
     try:
         yield
-    except ConnectionError as error:
+    except (ConnectionError, requests.exceptions.RequestException) as error:
         raise UnavailableError(f"no cluster answers at {address}", "see modelyard status, or give --cluster") from error
     except (RuntimeError, AuthenticationError) as error:
         text = str(error)
@@ -215,9 +242,21 @@ def follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], None
         time.sleep(_POLL_S)
 
 
-def was_lost(client: JobSubmissionClient, job_id: str) -> bool:
-    """Whether a job that failed did so with its node, and not by itself."""
-    info = client.get_job_info(job_id)
+def pools_with_nodes(client: JobSubmissionClient) -> set[str]:
+    """The pools that have a node now."""
+    answer = client._do_request("GET", "/api/v0/nodes?limit=10000")
+    nodes = answer.json()["data"]["result"]["result"]
+    return {str(node["labels"].get(POOL)) for node in nodes if node["state"] == "ALIVE" and node.get("labels")}
+
+
+def was_lost(client: JobSubmissionClient, job_id: str, address: str) -> bool:
+    """Whether a job that failed did so with its node, and not by itself.
+
+    Raises:
+        AccessError, UnavailableError: as `connect`.
+    """
+    with translated(address):
+        info = client.get_job_info(job_id)
     return (
         info.status == "FAILED"
         and info.driver_exit_code is None
@@ -251,8 +290,10 @@ class _Output:
 
 async def _tail(client: JobSubmissionClient, job_id: str, output: _Output) -> None:
     output.restart()
-    async for text in client.tail_job_logs(job_id):
-        output.add(text)
+    parts = aiter(client.tail_job_logs(job_id))
+    with contextlib.suppress(TimeoutError, StopAsyncIteration):
+        while True:
+            output.add(await asyncio.wait_for(anext(parts), SILENT_LOG_S))
 
 
 def _code(info: Any) -> int:

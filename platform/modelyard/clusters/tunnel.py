@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,15 +36,18 @@ def dashboard(file: ClusterFile, timeout_s: float = 60.0) -> Iterator[str]:
     else:  # Ray knows the cloud's key and address
         words = [sys.executable, "-m", "ray.scripts.scripts", "dashboard", str(file.path), "--port", str(port)]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ))
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ), start_new_session=True
+        )
         try:
             _await(file, process, port, log, timeout_s)
             yield f"http://127.0.0.1:{port}"
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-            process.kill()
+            for number in (signal.SIGTERM, signal.SIGKILL):  # Ray's command has an ssh of its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
 
 
 def _await(file: ClusterFile, process: subprocess.Popen[bytes], port: int, log: IO[str], timeout_s: float) -> None:
