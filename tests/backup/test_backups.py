@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 
 from modelyard import backup
 from modelyard.artifacts import Registry, Store
+from modelyard.artifacts.filesystem import list_files, resolve, write_bytes
 from modelyard.cli.main import modelyard
 from modelyard.config import settings
 from modelyard.errors import ConfigError, IntegrityError, NotFoundError
@@ -54,7 +57,37 @@ def full_home(template: Path) -> Path:
     folder.mkdir()
     (folder / "ca.key").write_text("a key")
     (folder / "ca.key").chmod(0o600)
+    folder.chmod(0o700)
     return settings().home
+
+
+@pytest.fixture
+def small_home() -> Path:
+    """A home with a model's file of its store and a key, without a registry."""
+    model = settings().home / "store" / "models" / "abc"
+    model.mkdir(parents=True)
+    (model / "weights.bin").write_bytes(SECRET * 1000)
+    model.chmod(0o750)
+    (settings().home / "cluster").mkdir(mode=0o700)
+    (settings().home / "cluster" / "ca.key").write_text("a key")
+    (settings().home / "cluster" / "ca.key").chmod(0o600)
+    return settings().home
+
+
+@pytest.fixture
+def at(small_home: Path, tmp_path: Path) -> Path:
+    """A backup of it."""
+    backup.create(str(tmp_path / "backup"))
+    return tmp_path / "backup"
+
+
+def largest_piece(at: Path) -> Path:
+    return max((path for path in (at / "pieces").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def test_a_restored_home_has_the_same_models_journal_and_keys(
@@ -220,3 +253,125 @@ def test_the_commands_say_what_they_did(full_home: Path, tmp_path: Path) -> None
     assert len(listed.splitlines()) == 2
     words = ["backup", "restore", *at, "--into", str(tmp_path / "new")]
     assert f"export MODELYARD_HOME={tmp_path / 'new'}" in runner.invoke(modelyard, words, catch_exceptions=False).output
+
+
+def test_a_piece_of_another_size_is_sent_again(at: Path) -> None:
+    piece = largest_piece(at)
+    piece.write_bytes(piece.read_bytes()[:-40])
+    assert backup.create(str(at)).moved_bytes > 10_000
+    backup.verify(str(at))
+
+
+def test_what_verify_finds_damaged_the_next_create_sends_again(at: Path) -> None:
+    first = backup.snapshots(str(at))[0].name
+    flip(largest_piece(at))
+    with pytest.raises(IntegrityError, match="put aside") as caught:
+        backup.verify(str(at))
+    assert "backup create sends again" in caught.value.todo
+    assert len(list((at / "damaged").iterdir())) == 1
+    assert backup.create(str(at)).moved_bytes > 10_000
+    backup.verify(str(at), first)
+    backup.verify(str(at))
+
+
+def test_damage_on_an_object_store_is_sent_again_too(small_home: Path, s3_store_uri: str) -> None:
+    at = f"{s3_store_uri}/backup"
+    backup.create(at)
+    fs, root = resolve(at)
+    piece, size = max(list_files(fs, f"{root}/pieces").items(), key=lambda each: each[1])
+    write_bytes(fs, f"{root}/pieces/{piece}", b"?" * size)
+    with pytest.raises(IntegrityError, match="put aside"):
+        backup.verify(at)
+    assert backup.create(at).moved_bytes == size
+    backup.verify(at)
+
+
+def test_a_damaged_piece_that_cannot_be_put_aside_is_to_be_removed_by_hand(
+    at: Path,
+) -> None:
+    (at / "damaged").write_text("in the way")
+    piece = largest_piece(at)
+    flip(piece)
+    with pytest.raises(IntegrityError, match=rf"remove by hand .*{piece.name}"):
+        backup.verify(str(at))
+    piece.unlink()
+    backup.create(str(at))
+    backup.verify(str(at))
+
+
+def test_a_damaged_newest_snapshot_stops_neither_create_nor_list(at: Path, tmp_path: Path) -> None:
+    runner, words = CliRunner(), ["--at", str(at)]
+    newest = backup.create(str(at)).snapshot
+    flip(at / "snapshots" / newest)
+    listed = runner.invoke(modelyard, ["backup", "list", *words], catch_exceptions=False).output
+    assert [line.split()[1] for line in listed.splitlines()[1:]] == ["2", "damaged"]
+    with pytest.raises(IntegrityError, match=rf"snapshot {newest} is damaged\n  -> modelyard backup list"):
+        backup.verify(str(at))
+    report = backup.create(str(at))
+    assert newest in report.warnings[0]
+    assert report.moved_bytes == 0
+    backup.verify(str(at))
+
+
+def test_restored_folders_have_their_modes_and_no_secret_is_ever_readable(
+    at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, seen = os.fsync, []
+
+    def watched(descriptor: int) -> None:
+        seen.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    backup.restore(str(at), tmp_path / "restored")
+    assert set(seen) == {0o600}
+    modes = {
+        name: stat.S_IMODE((tmp_path / "restored" / name).stat().st_mode) for name in ("cluster", "store/models/abc")
+    }
+    assert modes == {"cluster": 0o700, "store/models/abc": 0o750}
+    assert stat.S_IMODE((tmp_path / "restored" / "store/models/abc/weights.bin").stat().st_mode) & 0o400
+
+
+def test_a_missing_backup_names_the_option_that_makes_one(at: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="create --at URI"):
+        backup.verify(str(tmp_path / "nothing"))
+
+
+def test_unfinished_files_of_a_writer_that_was_killed_are_removed_after_a_day(at: Path) -> None:
+    old, new = largest_piece(at).with_name(".old.tmp"), at / "snapshots" / ".new.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    backup.create(str(at))
+    assert not old.exists()
+    assert new.exists()
+    assert len(backup.snapshots(str(at))) == 2
+
+
+def test_a_restore_that_was_stopped_can_be_repeated(at: Path, tmp_path: Path) -> None:
+    into, left = tmp_path / "restored", tmp_path / ".restored.part"
+    flip(largest_piece(at))
+    with pytest.raises(IntegrityError, match=r"is in \S+\.restored\.part"):
+        backup.restore(str(at), into)
+    assert left.exists()
+    assert not into.exists()
+    with pytest.raises(IntegrityError):
+        backup.verify(str(at))
+    backup.create(str(at))
+    backup.restore(str(at), into)
+    assert not left.exists()
+    assert (into / "store/models/abc/weights.bin").read_bytes() == SECRET * 1000
+
+
+def test_an_ambiguous_or_empty_name_of_a_snapshot_is_refused(at: Path) -> None:
+    second = backup.create(str(at)).snapshot
+    with pytest.raises(ConfigError, match=f"2 snapshots begin with 2\n  -> name one of: .*{second}"):
+        backup.verify(str(at), "2")
+    with pytest.raises(ConfigError, match="--snapshot is empty"):
+        backup.verify(str(at), "")
+    assert backup.verify(str(at), second[:-1]).snapshot == second
+
+
+def test_a_key_file_that_is_a_folder_is_named(at: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        backup.verify(str(at), key_file=tmp_path)

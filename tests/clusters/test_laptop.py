@@ -267,7 +267,7 @@ class TestRunning:
         log = running.folder / "job.log"
         with log.open("w") as stream:
             job = subprocess.Popen([MODELYARD, *words], env=running.environment, stdout=stream, stderr=stream)
-        until("it trains", lambda: "step 1/400" in log.read_text(), 120)
+        until("it trains", lambda: "step 1/400" in log.read_text(), 240)
         assert "training starts with 2 workers" in log.read_text()
         assert "a100-0 is empty" in running.run("drain", "a100-0", "--deadline-s", "90")
         assert job.wait(300) == 0, log.read_text()

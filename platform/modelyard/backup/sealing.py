@@ -24,6 +24,8 @@ from modelyard.errors import ConfigError, IntegrityError, NotFoundError
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
+SEAL_BYTES = NONCE_BYTES + 16
+"""What sealing adds: the nonce, and the tag of AES-GCM."""
 ENV_PASSPHRASE = "MODELYARD_BACKUP_PASSPHRASE"
 MIN_PASSPHRASE = 12
 _SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
@@ -73,12 +75,16 @@ def master_key(key_file: Path, salt: bytes, *, make: bool) -> bytes:
 
     Raises:
         NotFoundError: there is no such file.
-        ConfigError: it can be read by others, holds no key, or the passphrase is short.
+        ConfigError: it is a folder, can be read by others, holds no key, or the passphrase is short.
     """
     if passphrase := os.environ.get(ENV_PASSPHRASE):
         if len(passphrase) < MIN_PASSPHRASE:
             raise ConfigError(f"{ENV_PASSPHRASE} has {len(passphrase)} characters", f"use {MIN_PASSPHRASE} or more")
         return Scrypt(salt=salt, length=KEY_BYTES, **_SCRYPT).derive(passphrase.encode())
+    if key_file.is_dir():
+        raise ConfigError(
+            f"the key file {str(key_file)!r} is a folder", f"name the file, e.g. {key_file / 'backup.key'}"
+        )
     if not key_file.exists():
         if not make:
             todo = f"bring it from where the backup was made, or set {ENV_PASSPHRASE}"

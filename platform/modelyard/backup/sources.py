@@ -136,6 +136,18 @@ def sources(settings: Settings) -> tuple[list[Source], tuple[str, ...]]:
     return found, tuple(notes)
 
 
+def folders(settings: Settings) -> dict[str, int]:
+    """Permissions of the folders of this machine that a backup holds, by their names in it."""
+    found = {}
+    if is_local(settings.store):
+        root = local_path(settings.store)
+        inner = [path for kind in ARTIFACTS for path in (root / kind, *(root / kind).rglob("*")) if path.is_dir()]
+        found = {f"store/{path.relative_to(root).as_posix()}": path for path in inner}
+    if (settings.home / SECRETS).is_dir():
+        found[SECRETS] = settings.home / SECRETS
+    return {name: path.stat().st_mode & 0o777 for name, path in found.items()}
+
+
 def _artifacts(store: str) -> Iterator[Source]:
     for kind in ARTIFACTS:
         if is_local(store):

@@ -75,13 +75,16 @@ def list_command(uri: str, key_file: Path | None) -> None:
 
     table = tables.table("snapshot", "files", "size")
     for snapshot in backups.snapshots(uri, key_file):
-        tables.add_row(table, snapshot.name, str(len(snapshot.files)), _mib(snapshot.size_bytes))
+        cells = ("damaged", "-") if snapshot.problem else (str(len(snapshot.files)), _mib(snapshot.size_bytes))
+        tables.add_row(table, snapshot.name, *cells)
     tables.console().print(table)
 
 
 def _say(verb: str, report: Report, moved: str) -> None:
     sizes = f"{report.files} files, {_mib(report.size_bytes)}, {moved} {_mib(report.moved_bytes)}"
     click.echo(f"snapshot {report.snapshot} {verb} {sizes}")
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
     for note in report.notes:
         click.echo(f"not in it: {note}")
 

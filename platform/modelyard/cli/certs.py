@@ -48,15 +48,18 @@ def create(
     environment = [("MODELYARD_STORE", store), ("MODELYARD_TRACKING_URI", tracking_uri)]
     for each in extra:
         variable, separator, value = each.partition("=")
-        if not separator or not variable.isidentifier():
-            raise ConfigError(f"--env {each!r} sets nothing", "write --env NAME=VALUE")
+        if not separator or not (variable.isidentifier() and variable.isascii()):
+            raise ConfigError(
+                f"--env {each!r} sets nothing", "write --env NAME=VALUE; a NAME has ASCII letters, digits, _"
+            )
         environment.append((variable, value))
     if redis is not None:
-        made.check_redis(redis)
+        made.check_redis(redis, redis_ca)
+    password = _password(redis_password_file)
     where = folder or made.default_folder()
     made.create(where, name, [(variable, value) for variable, value in environment if value is not None])
     if redis is not None:
-        made.set_redis(where, name, redis, _password(redis_password_file), redis_ca)
+        made.set_redis(where, name, redis, password, redis_ca)
     click.echo(f"authority, token and settings are in {where}; keep ca.key and token to yourself")
 
 
@@ -130,7 +133,7 @@ def show(folder: Path | None, as_json: bool) -> int:
 @click.option("--authority", type=click.Path(path_type=Path), help="Folder of the authority, when it is another one.")
 @click.option("--address", "addresses", multiple=True, help="Address of this node; by default all of them.")
 @click.option("--days", default=365, show_default=True, type=click.IntRange(1, 825), help="How long it holds.")
-@click.option("--forget", is_flag=True, help="Remove the authority's key from this node afterwards.")
+@click.option("--forget", is_flag=True, help="Remove --folder's copy of the key in --authority afterwards.")
 def node(folder: Path | None, authority: Path | None, addresses: tuple[str, ...], days: int, forget: bool) -> None:
     """Make this node's certificate; `ray up` runs it on every node. A good one is kept."""
     from modelyard.clusters import certs as made

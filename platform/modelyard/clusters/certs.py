@@ -13,13 +13,14 @@ import ipaddress
 import os
 import secrets
 import socket
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -34,10 +35,22 @@ HEAD_ENV, REDIS_CA = "head.env", "redis-ca.crt"
 CA_DAYS = 5 * 365
 NODE_DAYS = 365
 RENEW_BEFORE_DAYS = 30
+"""A certificate is renewed this long before its end, or in the last third of its life when that is shorter."""
+MAX_NAME_BYTES = 64
+"""Of a name in a certificate (X.520)."""
 HEAD_PATIENCE_S = 600
 """How long a node waits for a head that is away, before it gives up and stops."""
 SECRET = (CA_KEY, TOKEN, SETTINGS, NODE_KEY, NODE_ENV, HEAD_ENV)
 """Files that only their owner may read."""
+
+_NEW_AUTHORITY = (
+    f"modelyard backup restore brings back {CA_CERT} and {CA_KEY}; or remove both, then: modelyard certs create, and "
+    "modelyard up FILE for every node"
+)
+_NEW_KEY = (
+    f"bring {CA_KEY} back from a backup; or: modelyard certs rotate makes a new authority, and nodes trust the old one "
+    "until modelyard certs rotate --finish"
+)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -86,14 +99,17 @@ def create(folder: Path, name: str = "modelyard", environment: Sequence[tuple[st
         environment: variables for every process of the cluster.
 
     Raises:
-        ConfigError: there is an authority already.
+        ConfigError: there is an authority already; or the name is empty or too long.
     """
+    _check_name(name)
     if (folder / CA_KEY).exists() or (folder / CA_CERT).exists():
+        _trusted(folder)
         raise ConfigError(
             f"{str(folder)!r} holds an authority already",
             "modelyard certs rotate replaces it without a gap; modelyard certs show tells more",
         )
     _make_folder(folder)
+    _close(folder)
     certificate, key = _authority(name)
     _write(folder / CA_KEY, _key_bytes(key))
     _write(folder / CA_CERT, _bytes(certificate), 0o644)
@@ -116,7 +132,8 @@ def set_redis(folder: Path, name: str, address: str, password: str = "", authori
         ConfigError: the address cannot be read; or a password would travel in plain text.
     """
     _trusted(folder)
-    check_redis(address)
+    _check_name(name)
+    check_redis(address, authority)
     if authority is not None:
         _write(folder / REDIS_CA, _file(authority), 0o644)
     variables = [("RAY_REDIS_ADDRESS", address), ("RAY_external_storage_namespace", name)]
@@ -124,8 +141,10 @@ def set_redis(folder: Path, name: str, address: str, password: str = "", authori
     _write(folder / HEAD_ENV, _exports(variables))
 
 
-def check_redis(address: str) -> None:
-    """Raise ConfigError when an address of a Redis cannot be used as it is; see `set_redis`."""
+def check_redis(address: str, authority: Path | None = None) -> None:
+    """Raise what `set_redis` would raise of these, before anything is written."""
+    if authority is not None:
+        _file(authority)
     scheme, separator, rest = address.partition("://")
     host, colon, port = (rest if separator else address).rpartition(":")
     if (separator and scheme not in ("redis", "rediss")) or not (host and colon and port.isdigit()):
@@ -142,27 +161,32 @@ def rotate(folder: Path, *, is_last_step: bool = False, also_token: bool = False
     """Replace the authority in two steps; meanwhile nodes with old and with new certificates trust each other.
 
     First step: a new authority; the old one stays trusted. Then every node gets the folder and a new certificate
-    (`modelyard up FILE`). Last step: the old authority goes.
+    (`modelyard up FILE`). Last step: the old authority goes. A first step that was stopped half-way is repeated whole.
 
     Raises:
         ConfigError: the last step before the first, or the first twice.
     """
     trusted = _trusted(folder)
+    is_complete = not _key_problem(folder, trusted)[0]
     if is_last_step:
         if len(trusted) == 1:
             raise ConfigError("only one authority is trusted, so there is nothing to finish", "first: certs rotate")
+        if not is_complete:
+            raise ConfigError(
+                f"{CA_KEY} is not the key of the new authority", "first, once more: modelyard certs rotate"
+            )
         _write(folder / CA_CERT, _bytes(trusted[0]), 0o644)
         return
-    if len(trusted) > 1:
+    if len(trusted) > 1 and is_complete:
         raise ConfigError(
             "a rotation is under way: two authorities are trusted",
             "give every node its new certificate (modelyard up FILE), then: modelyard certs rotate --finish",
         )
     certificate, key = _authority(_name_of(trusted[0].subject))
-    _write(folder / CA_CERT, _bytes(certificate) + _bytes(trusted[0]), 0o644)
-    _write(folder / CA_KEY, _key_bytes(key))
     if also_token:
         _write(folder / TOKEN, secrets.token_hex(32).encode())
+    _write(folder / CA_CERT, b"".join(map(_bytes, [certificate, *trusted])), 0o644)
+    _write(folder / CA_KEY, _key_bytes(key))  # last: until then the old key fits an authority that is trusted
 
 
 def issue(
@@ -182,29 +206,32 @@ def issue(
         addresses: that other nodes may call this one by; by default all of its interfaces.
         authority: the folder of the authority, when it is another one.
         days: how long the certificate holds.
-        forget: remove the authority's key afterwards; only the head needs it, to hand it to new nodes.
+        forget: remove the folder's copy of the authority's key afterwards; `authority` names who keeps it.
 
     Returns:
         Whether a new one was made.
 
     Raises:
         NotFoundError: the folder holds no authority.
-        ConfigError: the authority has expired, or its key can be read by others.
+        ConfigError: the authority has expired; its key is junk, of another one, or can be read by others; the folder
+            holds another authority's key; or what is to be forgotten is kept nowhere else.
     """
-    source = authority or folder
+    source = folder if authority is None or authority.resolve() == folder.resolve() else authority
     trusted = _trusted(source)
+    _check_own_key(folder, source, forget=forget)
     wanted = list(addresses) if addresses is not None else own_addresses()
     _make_folder(folder)
     is_new = not _is_good(folder, trusted[0], wanted)
     if is_new:
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _signed(key, trusted[0], _authority_key(source), wanted, days)
+        certificate = _signed(key, *_signer(source, trusted), wanted, days)
         _write(folder / NODE_KEY, _key_bytes(key))
         _write(folder / NODE_CERT, _bytes(certificate), 0o644)
     if source != folder:
         _write(folder / CA_CERT, (source / CA_CERT).read_bytes(), 0o644)
-        if (source / TOKEN).exists():
-            _write(folder / TOKEN, (source / TOKEN).read_bytes())
+        for name in (TOKEN, SETTINGS):
+            if (source / name).exists():
+                _write(folder / name, (source / name).read_bytes())
     _write(folder / NODE_ENV, _environment(folder).encode())
     if forget:
         (folder / CA_KEY).unlink(missing_ok=True)
@@ -244,14 +271,55 @@ def inspect(folder: Path) -> list[Status]:
     trusted = _trusted(folder)
     found = [_status(folder / CA_CERT, each, None) for each in trusted]
     if (folder / NODE_CERT).exists():
-        found.append(_status(folder / NODE_CERT, _load(folder / NODE_CERT)[0], trusted))
+        found.append(_node_status(folder, trusted))
     for name in SECRET:
         path = folder / name
         if path.exists():
-            loose = path.stat().st_mode & 0o077
-            problem = f"mode {path.stat().st_mode & 0o777:04o}: others can read it" if loose else ""
-            found.append(Status(path, "secret", (), None, problem, f"chmod 600 {path}" if loose else ""))
+            problem, todo = "", ""
+            if name == NODE_KEY:
+                problem, todo = _node_key_problem(folder)
+            elif name == CA_KEY:
+                problem, todo = _key_problem(folder, trusted)
+            if path.stat().st_mode & 0o077:
+                problem, todo = f"mode {path.stat().st_mode & 0o777:04o}: others can read it", f"chmod 600 {path}"
+            found.append(Status(path, "secret", (), None, problem, todo))
     return found
+
+
+def _node_status(folder: Path, trusted: Sequence[x509.Certificate]) -> Status:
+    path = folder / NODE_CERT
+    try:
+        certificate = _load(path)[0]
+    except ConfigError:
+        return Status(path, "?", (), None, "is no certificate", "modelyard certs node")
+    status = _status(path, certificate, trusted)
+    if not (folder / NODE_KEY).exists():
+        return replace(status, problem=f"its key, {NODE_KEY}, is missing", todo="modelyard certs node")
+    return status
+
+
+def _node_key_problem(folder: Path) -> tuple[str, str]:
+    """What is wrong with the node's key, and what to do; both empty when it is good."""
+    key = _load_key(folder / NODE_KEY)
+    if key is None:
+        return "is no key", "modelyard certs node"
+    try:
+        fits = _fits(key, _load(folder / NODE_CERT)[0])
+    except ConfigError:
+        fits = False
+    return ("", "") if fits else (f"does not belong to {NODE_CERT}", "modelyard certs node")
+
+
+def _key_problem(folder: Path, trusted: Sequence[x509.Certificate]) -> tuple[str, str]:
+    """What is wrong with the authority's key, and what to do; both empty when it is the newest authority's."""
+    key = _load_key(folder / CA_KEY)
+    if key is None:
+        return "is no key of an authority", _NEW_KEY
+    if _fits(key, trusted[0]):
+        return "", ""
+    if any(_fits(key, each) for each in trusted[1:]):
+        return "belongs to the old authority: a rotation was stopped half-way", "modelyard certs rotate"
+    return f"belongs to no authority in {CA_CERT}", _NEW_KEY
 
 
 def _status(path: Path, certificate: x509.Certificate, trusted: Sequence[x509.Certificate] | None) -> Status:
@@ -259,7 +327,7 @@ def _status(path: Path, certificate: x509.Certificate, trusted: Sequence[x509.Ce
     days, problem, todo = (expires - _now()).days, "", ""
     if days < 0:
         problem, todo = "expired", "modelyard certs rotate" if trusted is None else "modelyard certs node"
-    elif days < RENEW_BEFORE_DAYS:
+    elif _is_due(certificate):
         problem, todo = f"expires in {days} days", "modelyard certs " + ("rotate" if trusted is None else "node")
     if trusted is not None and not any(_is_signed_by(certificate, each) for each in trusted):
         problem, todo = "signed by another authority, so no other node will talk to this one", "modelyard certs node"
@@ -267,13 +335,31 @@ def _status(path: Path, certificate: x509.Certificate, trusted: Sequence[x509.Ce
 
 
 def _is_good(folder: Path, authority: x509.Certificate, wanted: Iterable[Address]) -> bool:
-    if not (folder / NODE_CERT).exists() or not (folder / NODE_KEY).exists():
+    try:
+        certificate = _load(folder / NODE_CERT)[0]
+    except ConfigError:
         return False
-    certificate = _load(folder / NODE_CERT)[0]
-    fresh = (certificate.not_valid_after_utc - _now()).days >= RENEW_BEFORE_DAYS
+    key = _load_key(folder / NODE_KEY)
     return (
-        fresh and _is_signed_by(certificate, authority) and {str(each) for each in wanted} <= set(_names(certificate))
+        key is not None
+        and _fits(key, certificate)
+        and not _is_due(certificate)
+        and _is_signed_by(certificate, authority)
+        and {str(each) for each in wanted} <= set(_names(certificate))
     )
+
+
+def _is_due(certificate: x509.Certificate) -> bool:
+    """Whether it is time to renew it."""
+    life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    return certificate.not_valid_after_utc - _now() < min(dt.timedelta(days=RENEW_BEFORE_DAYS), life / 3)
+
+
+def _fits(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> bool:
+    try:
+        return key.public_key() == certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return False
 
 
 def _authority(name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
@@ -330,8 +416,40 @@ def _builder(
 
 def _trusted(folder: Path) -> list[x509.Certificate]:
     if not (folder / CA_CERT).exists():
+        if (folder / CA_KEY).exists():
+            raise NotFoundError(f"{str(folder)!r} holds {CA_KEY} without {CA_CERT}", _NEW_AUTHORITY)
         raise NotFoundError(f"no authority in {str(folder)!r}", "modelyard certs create")
-    return _load(folder / CA_CERT)
+    return _load(folder / CA_CERT, _NEW_AUTHORITY)
+
+
+def _signer(folder: Path, trusted: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """The authority whose key is in the folder, and the key."""
+    key = _authority_key(folder)
+    for certificate in trusted:
+        if _fits(key, certificate):
+            return certificate, key
+    raise ConfigError(f"{str(folder / CA_KEY)!r} belongs to no authority in {CA_CERT}", _NEW_KEY)
+
+
+def _check_own_key(folder: Path, source: Path, *, forget: bool) -> None:
+    """Refuse to lose or to mix up an authority's key that lies in a node's folder."""
+    own, other = folder / CA_KEY, source / CA_KEY
+    if not own.exists():
+        return
+    if source != folder and not (other.exists() and _file(own) == _file(other)):
+        raise ConfigError(f"{str(folder)!r} holds an authority of its own", "name another --folder")
+    if source == folder and forget:
+        raise ConfigError(
+            f"--forget would remove {str(own)!r}, which may be the only one",
+            "name where it is kept: --authority FOLDER; or remove this file by hand when another machine has it",
+        )
+
+
+def _check_name(name: str) -> None:
+    if not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
+        raise ConfigError(
+            f"--name has {len(name.encode())} bytes", f"give a name of 1 to {MAX_NAME_BYTES} characters (ASCII)"
+        )
 
 
 def _authority_key(folder: Path) -> ec.EllipticCurvePrivateKey:
@@ -343,19 +461,27 @@ def _authority_key(folder: Path) -> ec.EllipticCurvePrivateKey:
         )
     if path.stat().st_mode & 0o007:
         raise ConfigError(f"{str(path)!r} can be read by everyone on this machine", f"chmod 600 {path}")
-    key = serialization.load_pem_private_key(path.read_bytes(), None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{str(path)!r} is no elliptic-curve key", "modelyard certs create, in an empty folder")
+    key = _load_key(path)
+    if key is None:
+        raise ConfigError(f"{str(path)!r} is no elliptic-curve key", _NEW_KEY)
     return key
 
 
-def _load(path: Path) -> list[x509.Certificate]:
+def _load_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
+    """The key in a file; None when there is none, or something else."""
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm, OSError):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
+
+
+def _load(path: Path, todo: str = "modelyard certs node makes a new one") -> list[x509.Certificate]:
+    """The certificates in a file, at least one."""
     try:
         return x509.load_pem_x509_certificates(path.read_bytes())
     except (ValueError, OSError) as error:
-        raise ConfigError(
-            f"{str(path)!r} is no certificate: {error}", "modelyard certs node makes a new one"
-        ) from error
+        raise ConfigError(f"{str(path)!r} is no certificate: {error}", todo) from error
 
 
 def _is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
@@ -374,7 +500,8 @@ def _names(certificate: x509.Certificate) -> Iterator[str]:
 
 
 def _name_of(name: x509.Name) -> str:
-    return str(name.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if found else "modelyard"
 
 
 def _environment(folder: Path) -> str:
@@ -414,6 +541,18 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise StorageError(f"{str(folder)!r} cannot be made: {error}", "name a folder you own") from error
+
+
+def _close(folder: Path) -> None:
+    """Keep others out of a folder that was there already."""
+    mode = folder.stat().st_mode
+    if mode & stat.S_ISVTX:
+        raise ConfigError(f"{str(folder)!r} is a folder that many share", "name a new folder in it")
+    try:
+        if mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise StorageError(f"{str(folder)!r} can be read by others: {error}", "name a folder you own") from error
 
 
 def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
