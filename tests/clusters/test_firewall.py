@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+import yaml
+from click.testing import CliRunner, Result
 
 from modelyard.cli.main import modelyard
 from modelyard.clusters import firewall
@@ -69,3 +70,50 @@ def test_what_stands_in_the_way_is_said(
     monkeypatch.setattr(firewall.os, "geteuid", lambda: 0)
     with pytest.raises(kind, match=problem):
         firewall.apply(firewall.rules(["10.0.0.1"]))
+
+
+def shipped(*options: str, script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """`modelyard cluster firewall` on the shipped file, with a program in place of nft."""
+    program = folder / "nft"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(firewall.shutil, "which", lambda *_, **__: str(program))
+    monkeypatch.setattr(firewall.os, "geteuid", lambda: 0)
+    return CliRunner().invoke(modelyard, ["cluster", "firewall", str(ROOT / "clusters" / "local.yaml"), *options])
+
+
+NOT_ROOT = "echo 'Operation not permitted' >&2; exit 1"
+
+
+def test_without_root_a_set_up_goes_on_and_says_that_ports_stay_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = shipped("--apply-if-allowed", script=NOT_ROOT, folder=tmp_path, monkeypatch=monkeypatch)
+    assert answer.exit_code == 0
+    assert "the ports of Ray stay open: only root may set the firewall" in answer.output
+    refused = shipped("--apply", script=NOT_ROOT, folder=tmp_path, monkeypatch=monkeypatch)
+    assert isinstance(refused.exception, AccessError)
+
+
+def test_rules_that_cannot_be_loaded_for_another_reason_end_the_set_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = "echo 'Error: syntax error' >&2; exit 1"
+    answer = shipped("--apply-if-allowed", script=failing, folder=tmp_path, monkeypatch=monkeypatch)
+    assert isinstance(answer.exception, StartError)
+    monkeypatch.setattr(firewall, "NFT_TIMEOUT_S", 0.2)
+    answer = shipped("--apply-if-allowed", script="exec sleep 60", folder=tmp_path, monkeypatch=monkeypatch)
+    assert isinstance(answer.exception, StartError)
+    assert "NFT_TIMEOUT_S=0.2" in str(answer.exception)
+
+
+def test_the_shipped_set_up_hides_no_failure_of_the_firewall_or_the_flags() -> None:
+    data = yaml.safe_load((ROOT / "clusters" / "local.yaml").read_text())
+    line = next(each for each in data["setup_commands"] if "cluster firewall" in each)
+    assert "||" not in line
+    for name in ("head_start_ray_commands", "worker_start_ray_commands"):
+        script = data[name][-1].replace(
+            ". ~/.modelyard/cluster/node.env", "modelyard() { return 3; }; ray() { return 0; }"
+        )
+        ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert ran.returncode == 3, (name, ran.stderr)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from modelyard.clusters import certs, files, launch
-from modelyard.errors import AccessError, ConfigError, NotFoundError, UnavailableError
+from modelyard.errors import AccessError, ConfigError, NotFoundError, StartError, UnavailableError
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,3 +115,43 @@ def test_what_ssh_says_becomes_an_error_with_what_to_do(
 def test_rays_launcher_gets_the_old_autoscaler_for_own_machines_only(local: files.ClusterFile) -> None:
     assert launch._environment(local)["RAY_UP_enable_autoscaler_v2"] == "0"
     assert "RAY_UP_enable_autoscaler_v2" not in launch._environment(files.read(ROOT / "cluster.yaml"))
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that never ends."""
+    monkeypatch.setattr(launch, "_RAY", ("/bin/sh", "-c", "exec sleep 60"))
+
+
+def test_a_launcher_that_hangs_is_ended_by_its_limit(
+    local: files.ClusterFile, slow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch.LAUNCHER_TIMEOUT_S >= 1800
+    monkeypatch.setattr(launch, "LAUNCHER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(launch, "run_on", lambda *_: "")
+    with pytest.raises(StartError, match=r"ray down .* did not end within LAUNCHER_TIMEOUT_S=0.2 s"):
+        launch.down(local, lambda _: None)
+
+
+def test_a_cloud_that_does_not_say_where_the_head_is_is_waited_for_no_longer_than_its_limit(
+    slow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "HEAD_IP_TIMEOUT_S", 0.2)
+    with pytest.raises(UnavailableError, match=r"get-head-ip .* HEAD_IP_TIMEOUT_S=0.2 s"):
+        launch.head_address(files.read(ROOT / "cluster.yaml"))
+
+
+def test_an_address_is_never_read_as_an_option_of_ssh(
+    tmp_path: Path, local: files.ClusterFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    words = launch.run_on(local, "192.168.1.11", "true").splitlines()
+    assert words[words.index("ubuntu@192.168.1.11") - 1] == "--"
+
+
+def test_a_file_that_names_no_head_has_no_addresses(local: files.ClusterFile) -> None:
+    headless = files.ClusterFile(local.path, "local", "x", {"provider": {"type": "local"}})
+    with pytest.raises(ConfigError, match=r"provider\.head_ip is missing"):
+        launch.addresses(headless)

@@ -13,7 +13,7 @@ from modelyard.cli import tables
 if TYPE_CHECKING:
     from modelyard.clusters.check import Problem
     from modelyard.clusters.demand import Offer
-    from modelyard.clusters.files import ClusterFile
+    from modelyard.clusters.files import ClusterFile, NodeType
 
 _file = click.argument("file", type=click.Path(path_type=Path))
 
@@ -34,23 +34,35 @@ def cluster() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(file: Path, configs: Path, as_json: bool) -> int:
-    """Validate FILE offline, and print what each job's config could get on it. Exit code 2 when it cannot work."""
+    """Validate FILE offline, and print what each job's config could get on it.
+
+    Exit code 2 when it cannot work, 1 when only a job's config is invalid.
+    """
     from modelyard.clusters import demand, files
     from modelyard.clusters.check import check as problems_of
 
     read = files.read(file)
     problems = problems_of(read)
-    offers = [demand.offer(each, read.node_types) for each in demand.demands(configs)]
+    try:
+        types = read.node_types
+    except files.ShapeError:  # among the problems
+        types = ()
+    offers = [demand.offer(each, types) for each in demand.demands(configs)]
     if as_json:
         report = {
             "kind": read.kind,
             "problems": [problem._asdict() for problem in problems],
-            "jobs": {each.demand.name: {"fits": each.fits, "workers": dict(each.workers)} for each in offers},
+            "jobs": {
+                each.demand.name: {"kind": each.demand.kind, "fits": each.fits, "workers": dict(each.workers)}
+                for each in offers
+            },
         }
         click.echo(json.dumps(report, indent=2))
     else:
-        _print(read, problems, offers)
-    return 2 if any(problem.level == "error" for problem in problems) else 0
+        _print(read, types, problems, offers)
+    if any(problem.level == "error" for problem in problems):
+        return 2
+    return 1 if any(each.demand.kind == "invalid" for each in offers) else 0
 
 
 @cluster.command("node-flags", hidden=True)
@@ -67,12 +79,15 @@ def node_flags(file: Path) -> None:
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--open", "opened", multiple=True, type=click.IntRange(1, 65535), help="A port that stays open to all.")
 @click.option("--apply", "is_applied", is_flag=True, help="Load the rules on this machine; needs root, or sudo.")
+@click.option("--apply-if-allowed", is_flag=True, help="As --apply, but without nft or root only say so.")
 @click.option("--remove", is_flag=True, help="Take them away instead.")
-def firewall(file: Path | None, opened: tuple[int, ...], is_applied: bool, remove: bool) -> None:
+def firewall(
+    file: Path | None, opened: tuple[int, ...], is_applied: bool, apply_if_allowed: bool, remove: bool
+) -> None:
     """Print nftables rules that let only the machines of FILE reach the ports of Ray; ssh stays open."""
     from modelyard.clusters import files, launch
     from modelyard.clusters import firewall as rules
-    from modelyard.errors import ConfigError
+    from modelyard.errors import AccessError, ConfigError, NotFoundError
 
     if remove:
         rules.remove()
@@ -83,10 +98,16 @@ def firewall(file: Path | None, opened: tuple[int, ...], is_applied: bool, remov
     if read.kind != "local":
         raise ConfigError(f"{str(file)!r} is of kind {read.kind}", "there the security group or network policy does it")
     text = rules.rules(launch.addresses(read), opened)
-    if not is_applied:
+    if not is_applied and not apply_if_allowed:
         click.echo(text, nl=False)
         return
-    rules.apply(text)
+    try:
+        rules.apply(text)
+    except (AccessError, NotFoundError) as error:
+        if not apply_if_allowed:
+            raise
+        click.echo(f"the ports of Ray stay open: {error}", err=True)
+        return
     click.echo("only the cluster's machines reach the ports of Ray here")
 
 
@@ -115,11 +136,11 @@ def keep_head(command: tuple[str, ...], stop: bool, forget: bool, timeout_s: flo
     click.echo(f"the head runs; process {pid} keeps it")
 
 
-def _print(read: ClusterFile, problems: list[Problem], offers: list[Offer]) -> None:
+def _print(read: ClusterFile, types: tuple[NodeType, ...], problems: list[Problem], offers: list[Offer]) -> None:
     from modelyard.clusters.instances import known
 
     table = tables.table("node type", "pool", "tier", "site", "machine", "nodes", "CPUs", "accelerators")
-    for each in read.node_types:
+    for each in types:
         instance = known(read.kind).get(each.instance or "")
         accelerator = instance.accelerator if instance else None
         gpus = int(each.resources.get("GPU", 0))
@@ -138,7 +159,11 @@ def _print(read: ClusterFile, problems: list[Problem], offers: list[Offer]) -> N
     for problem in problems:
         click.echo(click.style(f"{problem}", fg="red" if problem.level == "error" else "yellow"))
     errors = sum(problem.level == "error" for problem in problems)
-    click.echo(f"\n{read.path}: {errors} errors, {len(problems) - errors} warnings")
+    invalid = sum(offer.demand.kind == "invalid" for offer in offers)
+    homeless = sum(not offer.fits for offer in offers) - invalid
+    click.echo(f"\n{read.path}: {errors + invalid} errors, {len(problems) - errors + homeless} warnings", nl=False)
+    jobs = [f"{invalid} invalid job configs"] * bool(invalid) + [f"{homeless} jobs without room"] * bool(homeless)
+    click.echo(f" (with {', '.join(jobs)})" if jobs else "")
 
 
 def _row(offer: Offer) -> tuple[str, str]:

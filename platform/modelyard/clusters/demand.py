@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modelyard import config_file
 from modelyard.cluster import Node
 from modelyard.clusters.files import POOL, NodeType
-from modelyard.config import parse
+from modelyard.config import Config, parse
 from modelyard.errors import ConfigError
 
 
@@ -43,6 +44,10 @@ class Offer:
         return any(count >= self.demand.min_workers for count in self.workers.values())
 
 
+_TASKLESS = {"source": "prepare", "steps": "compress", "space": "tune"}
+"""The key that only one kind of job's config has, and must have."""
+
+
 def demands(folder: Path) -> list[Demand]:
     """The demand of every config in a folder.
 
@@ -70,9 +75,7 @@ def _demand(path: Path) -> Demand:
     try:
         data = config_file.read(path)
         if "task" not in data:
-            kinds = {"source": "prepare", "steps": "compress", "search": "tune", "study": "tune", "space": "tune"}
-            kind = next((kind for key, kind in kinds.items() if key in data), "evaluate")
-            return Demand(path.stem, kind, per_worker={"CPU": 1.0}, selector={})
+            return Demand(path.stem, _taskless(data, path.name), per_worker={"CPU": 1.0}, selector={})
         from modelyard.training.config import TrainConfig
 
         config = parse(TrainConfig, data, source=path.name)
@@ -81,3 +84,21 @@ def _demand(path: Path) -> Demand:
     workers, lease = config.workers, config.lease
     pools = () if lease is None else lease.pools
     return Demand(path.stem, "train", workers.min, workers.max, workers.per_worker, workers.selector, pools)
+
+
+def _taskless(data: Mapping[str, Any], source: str) -> str:
+    """The kind of a config that trains nothing, or raise ConfigError for what no schema takes."""
+    from modelyard.compression.recipe import Recipe
+    from modelyard.data.config import PrepareConfig
+    from modelyard.training.evaluation import EvaluateConfig
+
+    kind = next((kind for key, kind in _TASKLESS.items() if key in data), "evaluate")
+    schemas: dict[str, type[Config]] = {"prepare": PrepareConfig, "compress": Recipe, "evaluate": EvaluateConfig}
+    if kind == "evaluate" and not {"model", "dataset"} & set(data):
+        keys = ", ".join(map(repr, data)) or "nothing"
+        raise ConfigError(f"{source} holds {keys}, so no job takes it", "see jobs/configs for one of each kind")
+    if kind in schemas:
+        parse(schemas[kind], dict(data), source=source)
+    elif not isinstance(data["space"], Mapping):
+        raise ConfigError(f"{source}: space is no section", "give each parameter its values or its range")
+    return kind

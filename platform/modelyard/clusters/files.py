@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from modelyard.errors import ConfigError, nearest
 
 Kind = Literal["aws", "gcp", "azure", "local", "kuberay"]
 CLOUDS = ("aws", "gcp", "azure")
+API_VERSION = "ray.io/v1"
 MANIFESTS = {"RayCluster": "spec", "RayJob": "spec.rayClusterSpec", "RayService": "spec.rayClusterConfig"}
 POOL, SITE, TIER = "modelyard/pool", "modelyard/site", "modelyard/tier"
 ZONE, ACCELERATOR, MARKET = "ray.io/availability-zone", "ray.io/accelerator-type", "ray.io/market-type"
@@ -67,8 +69,26 @@ class ClusterFile:
     kind: Kind
     name: str
     data: Mapping[str, Any]
-    node_types: tuple[NodeType, ...]
-    warnings: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def node_types(self) -> tuple[NodeType, ...]:
+        """What the file describes.
+
+        Raises:
+            ShapeError: a field that leads there is no mapping, or no list.
+        """
+        if self.kind == "kuberay":
+            return tuple(_groups(self.data))
+        return tuple(_machines(self.data) if self.kind == "local" else _node_types(self.data, self.kind))
+
+
+class ShapeError(ConfigError):
+    """A field holds something of another shape than it must."""
+
+    def __init__(self, field: str, problem: str, todo: str) -> None:
+        super().__init__(f"{field}: {problem}", todo)
+        self.args = (field, problem, todo)
+        self.field, self.shape = field, problem
 
 
 def read(path: Path) -> ClusterFile:
@@ -91,23 +111,51 @@ def read(path: Path) -> ClusterFile:
         raise ConfigError(
             f"{str(path)!r}: provider.type is {kind!r}", f"known: aws, azure, gcp, local; {nearest(str(kind), CLOUDS)}"
         )
-    types = _machines(data) if kind == "local" else _node_types(data, kind)
-    return ClusterFile(path, kind, str(data.get("cluster_name", "")), data, tuple(types))
+    return ClusterFile(path, kind, str(data.get("cluster_name") or ""), data)
 
 
-def section(data: Mapping[str, Any], dotted: str) -> Any:
-    """The value at a dotted field; an empty mapping where the way there ends."""
-    found: Any = data
-    for key in dotted.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return {} if found is None else found
+def section(data: Any, dotted: str, where: str = "") -> Mapping[str, Any]:
+    """The mapping at a dotted field; an empty one where the way there ends.
+
+    Args:
+        data: what holds it; itself checked.
+        dotted: the way there; empty for `data` itself.
+        where: where `data` stands in its file, for the error.
+
+    Raises:
+        ShapeError: something on the way is no mapping.
+    """
+    found, place = mapping(data, where or "the file"), where
+    for key in dotted.split(".") if dotted else ():
+        place = f"{place}.{key}" if place else key
+        found = mapping(found.get(key), place)
+    return found
 
 
-def host_labels(entry: Mapping[str, Any]) -> dict[str, str]:
+def mapping(value: Any, where: str) -> Mapping[str, Any]:
+    """The value as a mapping, empty for None; raises ShapeError when it is something else."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ShapeError(where, f"holds {str(value)[:60]!r}, which is no section", "write `key: value` pairs there")
+    return value
+
+
+def listed(holder: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """The list at a key of what stands at `where`, empty where there is none; raises ShapeError for another shape."""
+    value = holder.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ShapeError(f"{where}.{key}", f"holds {str(value)[:60]!r}, which is no list", "write a list there")
+    return value
+
+
+def host_labels(entry: Mapping[str, Any], where: str = "metadata.hosts") -> dict[str, str]:
     """The labels of one machine of `metadata.hosts`."""
     names = {"pool": POOL, "site": SITE, "tier": TIER, "zone": ZONE, "accelerator": ACCELERATOR}
     given = {label: str(entry[name]) for name, label in names.items() if entry.get(name) is not None}
-    return {**given, **{str(key): str(value) for key, value in section(entry, "labels").items()}}
+    return {**given, **{str(key): str(value) for key, value in section(entry, "labels", where).items()}}
 
 
 def host_flags(file: ClusterFile, addresses: set[str]) -> list[str]:
@@ -117,31 +165,30 @@ def host_flags(file: ClusterFile, addresses: set[str]) -> list[str]:
         ConfigError: the file lists no such machine.
     """
     hosts = section(file.data, "metadata.hosts")
-    address = next((each for each in hosts if each in addresses), None)
+    address = next((each for each in hosts if str(each) in addresses), None)
     if address is None:
         raise ConfigError(
             f"{str(file.path)!r}: metadata.hosts has none of this machine's addresses: {', '.join(sorted(addresses))}",
             "add this machine there, by the address that the others reach it at",
         )
-    entry = hosts[address]
+    where = f"metadata.hosts.{address}"
+    entry = mapping(hosts[address], where)
     flags = [f"--node-ip-address={address}"]
-    labels = ",".join(f"{key}={value}" for key, value in sorted(host_labels(entry).items()))
+    labels = ",".join(f"{key}={value}" for key, value in sorted(host_labels(entry, where).items()))
     flags += [f"--labels={labels}"] if labels else []
     flags += [f"--num-cpus={entry['cpus']}"] if "cpus" in entry else []
     flags += [f"--num-gpus={entry['gpus']}"] if "gpus" in entry else []
-    if custom := section(entry, "resources"):
+    if custom := section(entry, "resources", where):
         flags.append("--resources={" + ",".join(f'"{name}":{amount}' for name, amount in custom.items()) + "}")
     return flags
 
 
 def is_address(text: str) -> bool:
-    """Whether this is an IP address or could be a host's name."""
+    """Whether this is an IP address."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
-        looks_numeric = re.fullmatch(r"[0-9.]+", text) is not None
-        label = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-        return not looks_numeric and re.fullmatch(rf"{label}(?:\.{label})*", text) is not None
+        return False
     return True
 
 
@@ -154,73 +201,74 @@ def quantity(text: str | float) -> float | None:
         return None
 
 
-def instance_of(kind: str, node_config: Mapping[str, Any]) -> str | None:
+def instance_of(kind: str, node_config: Mapping[str, Any], where: str = "node_config") -> str | None:
     """The machine type in a provider's `node_config`."""
-    holder = section(node_config, "azure_arm_parameters") if kind == "azure" else node_config
+    holder = section(node_config, "azure_arm_parameters", where) if kind == "azure" else node_config
     found = holder.get(_INSTANCE_KEYS.get(kind, ""))
     return None if found is None else str(found)
 
 
 def _node_types(data: Mapping[str, Any], kind: str) -> Iterator[NodeType]:
     head = data.get("head_node_type")
-    for name, entry in section(data, "available_node_types").items():
-        if not isinstance(entry, Mapping):
-            continue  # named by the schema check
+    for name, value in section(data, "available_node_types").items():
+        where = f"available_node_types.{name}"
+        entry = mapping(value, where)
         highest = data.get("max_workers", 0) if name != head else 0
         yield NodeType(
             name=str(name),
-            where=f"available_node_types.{name}",
+            where=where,
             min_count=_whole(entry.get("min_workers"), 0),
             max_count=_whole(entry.get("max_workers"), _whole(highest, 0)),
-            resources=_numbers(section(entry, "resources")),
-            labels={str(key): str(value) for key, value in section(entry, "labels").items()},
-            instance=instance_of(kind, section(entry, "node_config")),
+            resources=_numbers(section(entry, "resources", where)),
+            labels={str(key): str(value) for key, value in section(entry, "labels", where).items()},
+            instance=instance_of(kind, section(entry, "node_config", where), f"{where}.node_config"),
             is_head=name == head,
         )
 
 
 def _machines(data: Mapping[str, Any]) -> Iterator[NodeType]:
-    head = section(data, "provider").get("head_ip")
-    hosts = section(data, "metadata.hosts")
-    for address in [head, *(section(data, "provider").get("worker_ips") or [])]:
-        entry = section(hosts, "") if not isinstance(hosts.get(address), Mapping) else hosts[address]
-        resources = {"CPU": entry.get("cpus"), "GPU": entry.get("gpus"), **section(entry, "resources")}
+    provider, hosts = section(data, "provider"), section(data, "metadata.hosts")
+    head = provider.get("head_ip")
+    for address in map(str, [head, *listed(provider, "worker_ips", "provider")]):
+        where = f"metadata.hosts.{address}"
+        entry = mapping(hosts.get(address), where)
+        resources = {"CPU": entry.get("cpus"), "GPU": entry.get("gpus"), **section(entry, "resources", where)}
         yield NodeType(
-            name=str(address),
-            where=f"metadata.hosts.{address}",
+            name=address,
+            where=where,
             min_count=1,
             max_count=1,
             resources=_numbers(resources),
-            labels=host_labels(entry),
-            is_head=address == head,
+            labels=host_labels(entry, where),
+            is_head=address == str(head),
         )
 
 
 def _read_manifest(path: Path, data: Mapping[str, Any]) -> ClusterFile:
     kind = str(data.get("kind"))
-    if kind not in MANIFESTS or not str(data.get("apiVersion", "")).startswith("ray.io/"):
+    if kind not in MANIFESTS or data.get("apiVersion") != API_VERSION:
         raise ConfigError(
             f"{str(path)!r}: {data.get('apiVersion')} {kind} is no cluster",
-            "give one of ray.io/v1: " + ", ".join(MANIFESTS),
+            f"give one of {API_VERSION}: " + ", ".join(MANIFESTS),
         )
-    where = MANIFESTS[kind]
+    return ClusterFile(path, "kuberay", str(section(data, "metadata").get("name") or ""), data)
+
+
+def _groups(data: Mapping[str, Any]) -> Iterator[NodeType]:
+    where = MANIFESTS[data["kind"]]
     spec = section(data, where)
-    groups = [(f"{where}.headGroupSpec", section(spec, "headGroupSpec"), True)]
-    workers = spec.get("workerGroupSpecs") or []
-    groups += [
-        (f"{where}.workerGroupSpecs.{number}", group, False)
-        for number, group in enumerate(workers)
-        if isinstance(group, Mapping)
-    ]
-    types = tuple(_group(place, group, is_head) for place, group, is_head in groups)
-    return ClusterFile(path, "kuberay", str(section(data, "metadata").get("name", "")), data, types)
+    yield _group(f"{where}.headGroupSpec", section(spec, "headGroupSpec", where), is_head=True)
+    for number, group in enumerate(listed(spec, "workerGroupSpecs", where)):
+        place = f"{where}.workerGroupSpecs.{number}"
+        yield _group(place, mapping(group, place), is_head=False)
 
 
 def _group(where: str, group: Mapping[str, Any], is_head: bool) -> NodeType:
-    containers = section(group, "template.spec").get("containers") or [{}]
-    limits = section(containers[0], "resources.limits")
+    pod = f"{where}.template.spec"
+    containers = listed(section(group, "template.spec", where), "containers", pod) or [{}]
+    limits = section(containers[0], "resources.limits", f"{pod}.containers.0")
     resources: dict[str, Any] = {"CPU": limits.get("cpu"), "GPU": limits.get("nvidia.com/gpu")}
-    start = section(group, "rayStartParams")
+    start = section(group, "rayStartParams", where)
     resources |= {"CPU": start["num-cpus"]} if "num-cpus" in start else {}
     return NodeType(
         name="head" if is_head else str(group.get("groupName", where.rpartition(".")[2])),
@@ -228,7 +276,7 @@ def _group(where: str, group: Mapping[str, Any], is_head: bool) -> NodeType:
         min_count=1 if is_head else _whole(group.get("minReplicas"), 0),
         max_count=1 if is_head else _whole(group.get("maxReplicas"), 0),
         resources={name: amount for name, each in resources.items() if each is not None and (amount := quantity(each))},
-        labels={str(key): str(value) for key, value in section(group, "labels").items()},
+        labels={str(key): str(value) for key, value in section(group, "labels", where).items()},
         is_head=is_head,
     )
 

@@ -1,7 +1,9 @@
 """Closing the ports of Ray on machines of your own to all but the machines of the cluster, by nftables.
 
 Mutual TLS and the token refuse strangers, but some ports ask for neither: metrics, health, Serve, and what Gloo and
-NCCL open for gradients. Ports that Ray does not use stay as they are, and so does ssh.
+NCCL open for gradients. The ranges that Ray's workers and the system choose ports from close as a whole, so another
+program that listens in 10001-19999 or 32768-65535 is closed to strangers as well; `opened` names the exceptions. All
+other ports stay as they are, ssh among them, and so do connections that exist.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def rules(addresses: Sequence[str], opened: Sequence[int] = ()) -> str:
 
     Args:
         addresses: of all machines of the cluster.
-        opened: ports of Ray that stay open to all, e.g. a gateway with TLS.
+        opened: ports of `PORTS` that stay open to all, e.g. a gateway with TLS.
 
     Raises:
         ConfigError: one is no IP address.
@@ -54,7 +56,7 @@ def apply(text: str) -> None:
     Raises:
         NotFoundError: there is no nft.
         AccessError: this user may not.
-        StartError: nft refused them.
+        StartError: nft refused them, or took longer than NFT_TIMEOUT_S.
     """
     _nft(text)
 
@@ -71,7 +73,11 @@ def _nft(text: str) -> None:
     words = [program, "-f", "-"] if os.geteuid() == 0 else ["sudo", "-n", program, "-f", "-"]
     try:
         answer = subprocess.run(words, input=text, capture_output=True, text=True, timeout=NFT_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise StartError(
+            f"nft did not end within NFT_TIMEOUT_S={NFT_TIMEOUT_S:g} s", "run it by hand, and look"
+        ) from None
+    except OSError as error:
         raise AccessError(f"the firewall cannot be set: {error}", "run it as root") from error
     if answer.returncode == 0:
         return

@@ -14,10 +14,14 @@ from pathlib import Path
 
 from modelyard.clusters.certs import CA_CERT, CA_KEY, default_folder, inspect
 from modelyard.clusters.check import check
-from modelyard.clusters.files import ClusterFile, section
+from modelyard.clusters.files import ClusterFile, listed, section
 from modelyard.errors import AccessError, ConfigError, NotFoundError, StartError, UnavailableError
 
 SSH_TIMEOUT_S = 10
+LAUNCHER_TIMEOUT_S = 3600.0
+"""For one `ray up`, `ray down` or `ray exec`: machines that boot and install take many minutes."""
+HEAD_IP_TIMEOUT_S = 120.0
+"""For the cloud's answer to where the head is."""
 _SECURE = ".modelyard/cluster"
 STOP = (
     "pkill -f '[r]ay start --address'; ray stop --grace-period 5; "
@@ -36,7 +40,7 @@ def up(file: ClusterFile, say: Callable[[str], None], *, restart: bool = True) -
             own has another Ray.
         NotFoundError: the certificates it brings to the nodes are not made yet.
         AccessError, UnavailableError: a machine of its own refuses the key, or does not answer.
-        StartError: Ray's launcher failed; its output says where.
+        StartError: Ray's launcher failed, or took longer than LAUNCHER_TIMEOUT_S; its output says where.
     """
     _refuse_manifest(file)
     errors = [problem for problem in check(file) if problem.level == "error"]
@@ -56,7 +60,7 @@ def down(file: ClusterFile, say: Callable[[str], None]) -> None:
 
     Raises:
         ConfigError: the file is none for `ray up`.
-        StartError: Ray's launcher failed.
+        StartError: Ray's launcher failed, or took longer than LAUNCHER_TIMEOUT_S.
     """
     _refuse_manifest(file)
     _let_go(file, say)
@@ -104,9 +108,15 @@ def greet(file: ClusterFile) -> None:
 
 
 def addresses(file: ClusterFile) -> list[str]:
-    """The machines of a file of provider `local`, the head first."""
+    """The machines of a file of provider `local`, the head first.
+
+    Raises:
+        ConfigError: it names no head.
+    """
     provider = section(file.data, "provider")
-    return [str(provider["head_ip"]), *map(str, provider.get("worker_ips") or [])]
+    if provider.get("head_ip") is None:
+        raise ConfigError(f"{str(file.path)!r}: provider.head_ip is missing", "give the head's IP address")
+    return [str(provider["head_ip"]), *map(str, listed(provider, "worker_ips", "provider"))]
 
 
 def head_address(file: ClusterFile) -> str:
@@ -114,12 +124,19 @@ def head_address(file: ClusterFile) -> str:
 
     Raises:
         NotFoundError: it is not up.
+        UnavailableError: the cloud did not answer within HEAD_IP_TIMEOUT_S.
     """
     if file.kind == "local":
-        return str(section(file.data, "provider")["head_ip"])
-    answer = subprocess.run(
-        [*_RAY, "get-head-ip", str(file.path)], capture_output=True, text=True, env=_environment(file), check=False
-    )
+        return addresses(file)[0]
+    words = [*_RAY, "get-head-ip", str(file.path)]
+    limit = HEAD_IP_TIMEOUT_S
+    try:
+        answer = subprocess.run(
+            words, capture_output=True, text=True, env=_environment(file), timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        problem = f"ray get-head-ip {file.path} did not end within HEAD_IP_TIMEOUT_S={limit:g} s"
+        raise UnavailableError(problem, "is the cloud reachable, and are its credentials right?") from None
     words = answer.stdout.split()
     if answer.returncode != 0 or not words:
         raise NotFoundError(f"the cluster of {file.path} is not up", f"modelyard up {file.path}")
@@ -136,7 +153,7 @@ def run_on(file: ClusterFile, address: str, command: str, timeout_s: float = 120
     line = shlex.join(["bash", "--login", "-c", f"[ -f ~/.bashrc ] && . ~/.bashrc; {command}"])
     try:
         answer = subprocess.run(
-            [*ssh_command(file), target(file, address), line],
+            [*ssh_command(file), "--", target(file, address), line],
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -192,7 +209,13 @@ def _launcher(file: ClusterFile, command: str, *options: str, after: Sequence[st
     started = time.monotonic()
     sure = ["-y"] if command in ("up", "down") else []
     words: Sequence[str] = [*_RAY, command, *sure, *options, str(file.path), *after]
-    code = subprocess.run(words, env=_environment(file), stdin=subprocess.DEVNULL, check=False).returncode
+    limit = LAUNCHER_TIMEOUT_S
+    try:
+        answer = subprocess.run(words, env=_environment(file), stdin=subprocess.DEVNULL, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        problem = f"ray {command} {file.path} did not end within LAUNCHER_TIMEOUT_S={limit:g} s"
+        raise StartError(problem, "its output above says where it stands") from None
+    code = answer.returncode
     if code != 0:
         seconds = time.monotonic() - started
         raise StartError(f"ray {command} {file.path} failed after {seconds:.0f} s", "its output above says where")
