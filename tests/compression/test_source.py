@@ -14,7 +14,7 @@ from modelyard.compression import compress
 from modelyard.compression.low_rank import factorize
 from modelyard.compression.quantize import quantize
 from modelyard.compression.recipe import Factorize, Quantize, Recipe
-from modelyard.compression.source import check_source
+from modelyard.compression.source import check_source, tensor_shapes
 from modelyard.errors import ConfigError, NotFoundError
 
 INT8 = {"kind": "quantize"}
@@ -38,6 +38,11 @@ def check(folder: Path, *steps: dict[str, Any], task: str = "causal_lm") -> None
 def test_layers_and_adapters_that_are_not_there_are_named(language: Folders, step: Any, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         check(language.model, {"kind": "train"}, step)
+
+
+def test_an_output_layer_that_is_tied_may_be_named(language: Folders) -> None:
+    assert "lm_head.weight" not in tensor_shapes(language.model)
+    check(language.model, {**INT8, "skip": ["*.down_proj", "lm_head"]})
 
 
 def test_an_image_classifier_has_no_heads(digits: Folders) -> None:

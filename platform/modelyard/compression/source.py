@@ -72,6 +72,7 @@ def _check_layers(recipe: Recipe, task: str, shapes: dict[str, tuple[int, ...]])
         for name, shape in shapes.items()
         if name.endswith(".weight") and len(shape) > 1
     }
+    names = [*layers, *(["lm_head"] if task == "causal_lm" else [])]  # where it is tied, it has no tensor of its own
     for number, step in enumerate(recipe.steps):
         field = f"steps.{number}"
         if isinstance(step, Shrink):
@@ -79,10 +80,10 @@ def _check_layers(recipe: Recipe, task: str, shapes: dict[str, tuple[int, ...]])
                 raise ConfigError(f"{field}: an image classifier has neither heads nor layers to remove", "give mlp")
             return  # what follows has other sizes
         if isinstance(step, Quantize | Prune):
-            _check_globs(f"{field}.skip", step.skip, layers)
+            _check_globs(f"{field}.skip", step.skip, names)
         if isinstance(step, Factorize):
-            _check_globs(f"{field}.layers", step.layers, layers)
-        if isinstance(step, Quantize) and step.group_size is not None:
+            _check_globs(f"{field}.layers", step.layers, names)
+        if isinstance(step, Quantize) and step.embeddings and step.group_size is not None:
             for name in sorted(set(layers) - matching(layers, step.skip)):
                 columns = math.prod(layers[name][1:])
                 if columns % step.group_size:
@@ -92,8 +93,8 @@ def _check_layers(recipe: Recipe, task: str, shapes: dict[str, tuple[int, ...]])
                     )
 
 
-def _check_globs(field: str, globs: Sequence[str], layers: dict[str, tuple[int, ...]]) -> None:
+def _check_globs(field: str, globs: Sequence[str], names: Sequence[str]) -> None:
     for glob in globs:
-        if not matching(layers, [glob]):
-            some = ", ".join(list(layers)[:3])
+        if not matching(names, [glob]):
+            some = ", ".join(names[:3])
             raise ConfigError(f"{field}: no layer is called {glob!r}", f"the model has, among others, {some}")
