@@ -164,6 +164,15 @@ def test_a_job_that_went_with_its_node_is_told_from_one_that_failed(
     assert submit.was_lost(client, "job", "http://127.0.0.1:1") is expected
 
 
+@pytest.mark.parametrize(("status", "expected"), [(200, {"cpu"}), (500, set())])
+def test_the_pools_that_have_a_node_are_those_of_living_nodes(status: int, expected: set[str]) -> None:
+    nodes = [{"state": "ALIVE", "labels": {"modelyard/pool": "cpu"}}, {"state": "ALIVE"}]
+    nodes.append({"state": "DEAD", "labels": {"modelyard/pool": "l4"}})
+    answer = SimpleNamespace(status_code=status, json=lambda: {"data": {"result": {"result": nodes}}})
+    client: Any = SimpleNamespace(_do_request=lambda method, path: answer)
+    assert submit.pools_with_nodes(client, "http://x") == expected
+
+
 def test_a_script_can_be_sent_to_a_pool(repository: Path) -> None:
     sent: dict[str, Any] = {}
     client: Any = SimpleNamespace(submit_job=lambda **given: sent.update(given) or "raysubmit_1")

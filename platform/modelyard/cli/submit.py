@@ -75,8 +75,9 @@ def submit(
     )
     with _way(file, address, timeout_s) as url:
         client = jobs.connect(url, _token(file, token_file, url), timeout_s)
-        if driver_pool is not None and driver_pool not in (known := jobs.pools_with_nodes(client)):
-            others = ", ".join(sorted(known)) or "none"
+        known = jobs.pools_with_nodes(client, url) if driver_pool is not None else set()
+        if known and driver_pool not in known:
+            others = ", ".join(sorted(known))
             click.echo(
                 f"no node of the pool {driver_pool} is there now (of others: {others}); it is waited for", err=True
             )

@@ -242,9 +242,16 @@ def follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], None
         time.sleep(_POLL_S)
 
 
-def pools_with_nodes(client: JobSubmissionClient) -> set[str]:
-    """The pools that have a node now."""
-    answer = client._do_request("GET", "/api/v0/nodes?limit=10000")
+def pools_with_nodes(client: JobSubmissionClient, address: str) -> set[str]:
+    """The pools that have a node now; none when the dashboard does not tell.
+
+    Raises:
+        AccessError, UnavailableError: as `connect`.
+    """
+    with translated(address):
+        answer = client._do_request("GET", "/api/v0/nodes?limit=10000")
+    if answer.status_code != 200:
+        return set()
     nodes = answer.json()["data"]["result"]["result"]
     return {str(node["labels"].get(POOL)) for node in nodes if node["state"] == "ALIVE" and node.get("labels")}
 
