@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from modelyard.cli.main import modelyard
 from modelyard.clusters import certs
+from modelyard.clusters.authority import CA_DAYS, Address
 from modelyard.errors import ConfigError, InputError, NotFoundError
 
 LOCAL = [ipaddress.ip_address("127.0.0.1")]
@@ -28,7 +29,7 @@ def authority(tmp_path: Path) -> Path:
     return tmp_path / "authority"
 
 
-def node(authority: Path, name: str, addresses: list[certs.Address] = LOCAL) -> Path:
+def node(authority: Path, name: str, addresses: list[Address] = LOCAL) -> Path:
     folder = authority.parent / name
     certs.issue(folder, addresses, authority)
     return folder
@@ -123,10 +124,10 @@ def test_a_certificate_is_replaced_when_it_ends_soon_for_its_own_life(
 ) -> None:
     folder, made_at = authority.parent / "short", dt.datetime.now(dt.UTC)
     certs.issue(folder, LOCAL, authority, days=days)
-    monkeypatch.setattr(certs, "_now", lambda: made_at + dt.timedelta(days=kept_at))
+    monkeypatch.setattr("modelyard.clusters.authority.now", lambda: made_at + dt.timedelta(days=kept_at))
     assert problems(folder) == {}
     assert not certs.issue(folder, LOCAL, authority, days=days)
-    monkeypatch.setattr(certs, "_now", lambda: made_at + dt.timedelta(days=replaced_at))
+    monkeypatch.setattr("modelyard.clusters.authority.now", lambda: made_at + dt.timedelta(days=replaced_at))
     assert problems(folder) == {"node.crt": f"expires in {days - replaced_at - 1} days"}
     assert certs.issue(folder, LOCAL, authority, days=days)
 
@@ -153,8 +154,8 @@ def test_steps_of_a_rotation_out_of_order_are_refused(authority: Path) -> None:
 
 
 def test_an_expired_authority_is_named(authority: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=certs.CA_DAYS + 1)
-    monkeypatch.setattr(certs, "_now", lambda: later)
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=CA_DAYS + 1)
+    monkeypatch.setattr("modelyard.clusters.authority.now", lambda: later)
     with pytest.raises(ConfigError, match="authority has expired"):
         node(authority, "late")
     assert [each.problem for each in certs.inspect(authority) if each.file.name == "ca.crt"] == ["expired"]

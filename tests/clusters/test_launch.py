@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from modelyard.clusters import certs, files, launch
+from modelyard.clusters.authority import CA_DAYS
 from modelyard.errors import AccessError, ConfigError, NotFoundError, StartError, UnavailableError
 
 ROOT = Path(__file__).parents[2]
@@ -42,8 +43,8 @@ def test_with_an_expired_authority_nothing_is_started(
     local: files.ClusterFile, no_launcher: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certs.create(certs.default_folder())
-    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=certs.CA_DAYS + 1)
-    monkeypatch.setattr(certs, "_now", lambda: later)
+    later = dt.datetime.now(dt.UTC) + dt.timedelta(days=CA_DAYS + 1)
+    monkeypatch.setattr("modelyard.clusters.authority.now", lambda: later)
     with pytest.raises(ConfigError, match="has expired\n  -> modelyard certs rotate"):
         launch.up(local, print)
 
@@ -127,10 +128,13 @@ def test_a_launcher_that_hangs_is_ended_by_its_limit(
     local: files.ClusterFile, slow: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert launch.LAUNCHER_TIMEOUT_S >= 1800
-    monkeypatch.setattr(launch, "LAUNCHER_TIMEOUT_S", 0.2)
     monkeypatch.setattr(launch, "run_on", lambda *_: "")
-    with pytest.raises(StartError, match=r"ray down .* did not end within LAUNCHER_TIMEOUT_S=0.2 s"):
-        launch.down(local, lambda _: None)
+    with pytest.raises(StartError, match=r"ray down .* did not end within --timeout-s=0.2 s"):
+        launch.down(local, lambda _: None, timeout_s=0.2)
+    monkeypatch.setattr(launch, "check", lambda _: [])
+    monkeypatch.setattr(launch, "_refuse_bad_certificates", lambda: None)
+    with pytest.raises(StartError, match=r"ray up .* did not end within --start-timeout-s=0.2 s"):
+        launch.up(local, lambda _: None, timeout_s=0.2)
 
 
 def test_a_cloud_that_does_not_say_where_the_head_is_is_waited_for_no_longer_than_its_limit(

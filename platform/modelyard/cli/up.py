@@ -16,14 +16,18 @@ from modelyard.cli import tables
 @click.option("--site", "sites", multiple=True, metavar="NAME", help="An edge site of one node.")
 @click.option("--cpus", type=click.IntRange(min=0), help="CPUs of the head; with pools it takes no work by default.")
 @click.option("--temp-dir", type=click.Path(path_type=Path), help="Ray's folder; by default Ray's own.")
-@click.option("--start-timeout-s", default=120.0, show_default=True, help="Longest wait for the nodes.")
+@click.option(
+    "--start-timeout-s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Longest wait for the nodes: by default 120 on this machine, 3600 for FILE.",
+)
 def up(
     file: Path | None,
     pools: tuple[str, ...],
     sites: tuple[str, ...],
     cpus: int | None,
     temp_dir: Path | None,
-    start_timeout_s: float,
+    start_timeout_s: float | None,
 ) -> None:
     """Start a cluster: from FILE (a `ray up` file, checked first), or on this machine.
 
@@ -32,14 +36,15 @@ def up(
     modelyard up --pool a100=2x4 --pool l4=1x8 --site north   2 nodes of 4, 1 of 8, an edge site
     """
     if file is not None:
-        _up_from(file, bool(pools or sites or cpus is not None))
+        _up_from(file, bool(pools or sites or cpus is not None), start_timeout_s)
         return
     from modelyard.clusters import laptop
 
     laptop.authenticate(make=True)
     nodes = laptop.plan(pools, sites, cpus)
-    click.echo(f"starting {len(nodes)} nodes on this machine ...", err=True)
-    started = laptop.up(nodes, temp_dir, start_timeout_s)
+    started = laptop.up(
+        nodes, temp_dir, start_timeout_s or laptop.START_TIMEOUT_S, say=lambda text: click.echo(text, err=True)
+    )
     click.echo(f"address    {started.address}   (export RAY_ADDRESS={started.address})")
     click.echo(f"dashboard  {started.dashboard}")
     click.echo(f"nodes      {len(nodes)}: modelyard status shows them, modelyard down stops them")
@@ -47,12 +52,19 @@ def up(
 
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-def down(file: Path | None) -> None:
+@click.option(
+    "--timeout-s",
+    default=3600.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Longest wait for the machines of FILE.",
+)
+def down(file: Path | None, timeout_s: float) -> None:
     """Stop the cluster of this laptop, or that of FILE, and nothing else."""
     if file is not None:
         from modelyard.clusters import files, launch
 
-        launch.down(files.read(file), lambda text: click.echo(text, err=True))
+        launch.down(files.read(file), lambda text: click.echo(text, err=True), timeout_s)
         click.echo(f"{file}: down")
         return
     from modelyard.clusters import laptop
@@ -94,11 +106,12 @@ def status(as_json: bool) -> int:
     return 0 if all(row["alive"] for row in rows) else 1
 
 
-def _up_from(file: Path, has_pools: bool) -> None:
+def _up_from(file: Path, has_pools: bool, timeout_s: float | None) -> None:
     from modelyard.clusters import files, launch
     from modelyard.errors import ConfigError
 
     if has_pools:
         raise ConfigError("--pool, --site and --cpus are for a laptop; the pools of FILE are in FILE", "leave them out")
-    launch.up(files.read(file), lambda text: click.echo(text, err=True))
+    limit = timeout_s or launch.LAUNCHER_TIMEOUT_S
+    launch.up(files.read(file), lambda text: click.echo(text, err=True), timeout_s=limit)
     click.echo(f"{file}: up; run jobs with: modelyard submit --cluster {file} jobs/train.py --config CONFIG")

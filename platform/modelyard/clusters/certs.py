@@ -7,7 +7,6 @@ is in the certificate, so a certificate is of no use on another machine.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import ipaddress
 import os
@@ -15,16 +14,28 @@ import secrets
 import socket
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from modelyard.clusters.authority import (
+    Address,
+    common_name,
+    days_until,
+    fits,
+    is_due,
+    is_signed_by,
+    key_pem,
+    load,
+    load_key,
+    names_in,
+    new_authority,
+    pem,
+    sign,
+)
 from modelyard.config import settings
 from modelyard.errors import ConfigError, NotFoundError, StorageError
 
@@ -32,10 +43,7 @@ CA_CERT, CA_KEY, TOKEN, SETTINGS = "ca.crt", "ca.key", "token", "settings.env"
 NODE_CERT, NODE_KEY, NODE_ENV = "node.crt", "node.key", "node.env"
 HEAD_ENV, REDIS_CA = "head.env", "redis-ca.crt"
 """Where the head keeps the cluster's state, and who signed that server's certificate."""
-CA_DAYS = 5 * 365
 NODE_DAYS = 365
-RENEW_BEFORE_DAYS = 30
-"""A certificate is renewed this long before its end, or in the last third of its life when that is shorter."""
 MAX_NAME_BYTES = 64
 """Of a name in a certificate (X.520)."""
 HEAD_PATIENCE_S = 600
@@ -51,8 +59,6 @@ _NEW_KEY = (
     f"bring {CA_KEY} back from a backup; or: modelyard certs rotate makes a new authority, and nodes trust the old one "
     "until modelyard certs rotate --finish"
 )
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Status:
     @property
     def days_left(self) -> int | None:
         """Whole days until it ends; negative when it has ended."""
-        return None if self.expires is None else (self.expires - _now()).days
+        return None if self.expires is None else days_until(self.expires)
 
 
 def default_folder() -> Path:
@@ -110,9 +116,9 @@ def create(folder: Path, name: str = "modelyard", environment: Sequence[tuple[st
         )
     _make_folder(folder)
     _close(folder)
-    certificate, key = _authority(name)
-    _write(folder / CA_KEY, _key_bytes(key))
-    _write(folder / CA_CERT, _bytes(certificate), 0o644)
+    certificate, key = new_authority(name)
+    _write(folder / CA_KEY, key_pem(key))
+    _write(folder / CA_CERT, pem(certificate), 0o644)
     _write(folder / TOKEN, secrets.token_hex(32).encode())
     _write(folder / SETTINGS, _exports(environment))
 
@@ -175,18 +181,18 @@ def rotate(folder: Path, *, is_last_step: bool = False, also_token: bool = False
             raise ConfigError(
                 f"{CA_KEY} is not the key of the new authority", "first, once more: modelyard certs rotate"
             )
-        _write(folder / CA_CERT, _bytes(trusted[0]), 0o644)
+        _write(folder / CA_CERT, pem(trusted[0]), 0o644)
         return
     if len(trusted) > 1 and is_complete:
         raise ConfigError(
             "a rotation is under way: two authorities are trusted",
             "give every node its new certificate (modelyard up FILE), then: modelyard certs rotate --finish",
         )
-    certificate, key = _authority(_name_of(trusted[0].subject))
+    certificate, key = new_authority(common_name(trusted[0].subject))
     if also_token:
         _write(folder / TOKEN, secrets.token_hex(32).encode())
-    _write(folder / CA_CERT, b"".join(map(_bytes, [certificate, *trusted])), 0o644)
-    _write(folder / CA_KEY, _key_bytes(key))  # last: until then the old key fits an authority that is trusted
+    _write(folder / CA_CERT, b"".join(map(pem, [certificate, *trusted])), 0o644)
+    _write(folder / CA_KEY, key_pem(key))  # last: until then the old key fits an authority that is trusted
 
 
 def issue(
@@ -224,9 +230,9 @@ def issue(
     is_new = not _is_good(folder, trusted[0], wanted)
     if is_new:
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _signed(key, *_signer(source, trusted), wanted, days)
-        _write(folder / NODE_KEY, _key_bytes(key))
-        _write(folder / NODE_CERT, _bytes(certificate), 0o644)
+        certificate = sign(key, *_signer(source, trusted), wanted, days)
+        _write(folder / NODE_KEY, key_pem(key))
+        _write(folder / NODE_CERT, pem(certificate), 0o644)
     if source != folder:
         _write(folder / CA_CERT, (source / CA_CERT).read_bytes(), 0o644)
         for name in (TOKEN, SETTINGS):
@@ -289,7 +295,7 @@ def inspect(folder: Path) -> list[Status]:
 def _node_status(folder: Path, trusted: Sequence[x509.Certificate]) -> Status:
     path = folder / NODE_CERT
     try:
-        certificate = _load(path)[0]
+        certificate = load(path)[0]
     except ConfigError:
         return Status(path, "?", (), None, "is no certificate", "modelyard certs node")
     status = _status(path, certificate, trusted)
@@ -300,117 +306,52 @@ def _node_status(folder: Path, trusted: Sequence[x509.Certificate]) -> Status:
 
 def _node_key_problem(folder: Path) -> tuple[str, str]:
     """What is wrong with the node's key, and what to do; both empty when it is good."""
-    key = _load_key(folder / NODE_KEY)
+    key = load_key(folder / NODE_KEY)
     if key is None:
         return "is no key", "modelyard certs node"
     try:
-        fits = _fits(key, _load(folder / NODE_CERT)[0])
+        is_its_key = fits(key, load(folder / NODE_CERT)[0])
     except ConfigError:
-        fits = False
-    return ("", "") if fits else (f"does not belong to {NODE_CERT}", "modelyard certs node")
+        is_its_key = False
+    return ("", "") if is_its_key else (f"does not belong to {NODE_CERT}", "modelyard certs node")
 
 
 def _key_problem(folder: Path, trusted: Sequence[x509.Certificate]) -> tuple[str, str]:
     """What is wrong with the authority's key, and what to do; both empty when it is the newest authority's."""
-    key = _load_key(folder / CA_KEY)
+    key = load_key(folder / CA_KEY)
     if key is None:
         return "is no key of an authority", _NEW_KEY
-    if _fits(key, trusted[0]):
+    if fits(key, trusted[0]):
         return "", ""
-    if any(_fits(key, each) for each in trusted[1:]):
+    if any(fits(key, each) for each in trusted[1:]):
         return "belongs to the old authority: a rotation was stopped half-way", "modelyard certs rotate"
     return f"belongs to no authority in {CA_CERT}", _NEW_KEY
 
 
 def _status(path: Path, certificate: x509.Certificate, trusted: Sequence[x509.Certificate] | None) -> Status:
     expires = certificate.not_valid_after_utc
-    days, problem, todo = (expires - _now()).days, "", ""
+    days, problem, todo = days_until(expires), "", ""
     if days < 0:
         problem, todo = "expired", "modelyard certs rotate" if trusted is None else "modelyard certs node"
-    elif _is_due(certificate):
+    elif is_due(certificate):
         problem, todo = f"expires in {days} days", "modelyard certs " + ("rotate" if trusted is None else "node")
-    if trusted is not None and not any(_is_signed_by(certificate, each) for each in trusted):
+    if trusted is not None and not any(is_signed_by(certificate, each) for each in trusted):
         problem, todo = "signed by another authority, so no other node will talk to this one", "modelyard certs node"
-    return Status(path, _name_of(certificate.subject), tuple(_names(certificate)), expires, problem, todo)
+    return Status(path, common_name(certificate.subject), tuple(names_in(certificate)), expires, problem, todo)
 
 
 def _is_good(folder: Path, authority: x509.Certificate, wanted: Iterable[Address]) -> bool:
     try:
-        certificate = _load(folder / NODE_CERT)[0]
+        certificate = load(folder / NODE_CERT)[0]
     except ConfigError:
         return False
-    key = _load_key(folder / NODE_KEY)
+    key = load_key(folder / NODE_KEY)
     return (
         key is not None
-        and _fits(key, certificate)
-        and not _is_due(certificate)
-        and _is_signed_by(certificate, authority)
-        and {str(each) for each in wanted} <= set(_names(certificate))
-    )
-
-
-def _is_due(certificate: x509.Certificate) -> bool:
-    """Whether it is time to renew it."""
-    life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
-    return certificate.not_valid_after_utc - _now() < min(dt.timedelta(days=RENEW_BEFORE_DAYS), life / 3)
-
-
-def _fits(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> bool:
-    try:
-        return key.public_key() == certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm):
-        return False
-
-
-def _authority(name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    uses = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-    builder = (
-        _builder(subject, subject, key.public_key(), CA_DAYS)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(uses, critical=True)
-    )
-    return builder.sign(key, hashes.SHA256()), key
-
-
-def _signed(
-    key: ec.EllipticCurvePrivateKey,
-    authority: x509.Certificate,
-    authority_key: ec.EllipticCurvePrivateKey,
-    addresses: Sequence[Address],
-    days: int,
-) -> x509.Certificate:
-    left = (authority.not_valid_after_utc - _now()).days
-    if left < 1:
-        raise ConfigError("the cluster's authority has expired", "modelyard certs rotate, then modelyard up FILE")
-    host = socket.gethostname()[:64] or "node"
-    names: list[x509.GeneralName] = [x509.IPAddress(address) for address in addresses]
-    names += [x509.DNSName(each) for each in dict.fromkeys(("localhost", host)) if each.isascii()]
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
-    usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-    return (
-        _builder(subject, authority.subject, key.public_key(), min(days, left))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage, critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(_now() - dt.timedelta(hours=1))  # clocks of nodes differ
-        .not_valid_after(_now() + dt.timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        and fits(key, certificate)
+        and not is_due(certificate)
+        and is_signed_by(certificate, authority)
+        and {str(each) for each in wanted} <= set(names_in(certificate))
     )
 
 
@@ -419,14 +360,14 @@ def _trusted(folder: Path) -> list[x509.Certificate]:
         if (folder / CA_KEY).exists():
             raise NotFoundError(f"{str(folder)!r} holds {CA_KEY} without {CA_CERT}", _NEW_AUTHORITY)
         raise NotFoundError(f"no authority in {str(folder)!r}", "modelyard certs create")
-    return _load(folder / CA_CERT, _NEW_AUTHORITY)
+    return load(folder / CA_CERT, _NEW_AUTHORITY)
 
 
 def _signer(folder: Path, trusted: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     """The authority whose key is in the folder, and the key."""
     key = _authority_key(folder)
     for certificate in trusted:
-        if _fits(key, certificate):
+        if fits(key, certificate):
             return certificate, key
     raise ConfigError(f"{str(folder / CA_KEY)!r} belongs to no authority in {CA_CERT}", _NEW_KEY)
 
@@ -461,47 +402,10 @@ def _authority_key(folder: Path) -> ec.EllipticCurvePrivateKey:
         )
     if path.stat().st_mode & 0o007:
         raise ConfigError(f"{str(path)!r} can be read by everyone on this machine", f"chmod 600 {path}")
-    key = _load_key(path)
+    key = load_key(path)
     if key is None:
         raise ConfigError(f"{str(path)!r} is no elliptic-curve key", _NEW_KEY)
     return key
-
-
-def _load_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
-    """The key in a file; None when there is none, or something else."""
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm, OSError):
-        return None
-    return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
-
-
-def _load(path: Path, todo: str = "modelyard certs node makes a new one") -> list[x509.Certificate]:
-    """The certificates in a file, at least one."""
-    try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{str(path)!r} is no certificate: {error}", todo) from error
-
-
-def _is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (InvalidSignature, ValueError, TypeError):
-        return False
-    return True
-
-
-def _names(certificate: x509.Certificate) -> Iterator[str]:
-    with contextlib.suppress(x509.ExtensionNotFound):
-        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        yield from map(str, extension.get_values_for_type(x509.IPAddress))
-        yield from extension.get_values_for_type(x509.DNSName)
-
-
-def _name_of(name: x509.Name) -> str:
-    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(found[0].value) if found else "modelyard"
 
 
 def _environment(folder: Path) -> str:
@@ -525,15 +429,6 @@ def _quoted(value: str) -> str:
     import shlex
 
     return shlex.quote(value)
-
-
-def _bytes(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
-    plain = serialization.NoEncryption()
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
 
 
 def _make_folder(folder: Path) -> None:
@@ -567,7 +462,3 @@ def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
         Path(name).replace(path)
     except OSError as error:
         raise StorageError(f"{str(path)!r} cannot be written: {error}", "name a folder you own") from error
-
-
-def _now() -> dt.datetime:
-    return dt.datetime.now(dt.UTC)

@@ -40,6 +40,7 @@ LOOPBACK = "127.0.0.1"
 NODE = "modelyard/node"
 """Label with the name that a node has here."""
 ATTEMPTS = 3
+START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 MAX_NODES = 64
 _POOL = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)=(?P<nodes>\d+)(?:x(?P<gpus>\d+))?(?::(?P<cpus>\d+))?\Z")
@@ -113,7 +114,11 @@ def plan(pools: Sequence[str], sites: Sequence[str], cpus: int | None = None) ->
 
 
 def up(
-    nodes: Sequence[LogicalNode], temp_dir: Path | None = None, start_timeout_s: float = 120.0, dashboard: int = 8265
+    nodes: Sequence[LogicalNode],
+    temp_dir: Path | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
+    dashboard: int = 8265,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Laptop:
     """Start the nodes, the head first, and return when all have joined. They outlive this process.
 
@@ -122,6 +127,7 @@ def up(
         temp_dir: Ray's folder; with Ray's own default, every Ray program on this machine finds the cluster.
         start_timeout_s: longest wait for the head, and again for the others.
         dashboard: its port; another free one is taken when it is in use.
+        say: told what is being done, once nothing stands against it.
 
     Raises:
         ConfigError: a laptop cluster runs already.
@@ -129,6 +135,11 @@ def up(
         WaitTimeoutError: it took too long; nothing of it is left but the nodes' output in `logs`.
     """
     with _alone():
+        if (old := current()) is not None:
+            raise ConfigError(
+                f"a cluster runs here already, at {old.address}", "see modelyard status, or modelyard down"
+            )
+        say(f"starting {len(nodes)} nodes on this machine ...")
         return _up(nodes, temp_dir, start_timeout_s, dashboard)
 
 
@@ -146,8 +157,6 @@ def _alone() -> Iterator[None]:
 
 
 def _up(nodes: Sequence[LogicalNode], temp_dir: Path | None, start_timeout_s: float, dashboard: int) -> Laptop:
-    if (old := current()) is not None:
-        raise ConfigError(f"a cluster runs here already, at {old.address}", "see modelyard status, or modelyard down")
     port, dashboard = _free_port(), _free_port(dashboard)
     folder = str(temp_dir.expanduser().absolute()) if temp_dir else _default_temp_dir()
     laptop = Laptop(uuid.uuid4().hex, f"{LOOPBACK}:{port}", f"http://{LOOPBACK}:{dashboard}", folder, tuple(nodes))

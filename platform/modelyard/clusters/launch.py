@@ -32,7 +32,9 @@ RELEASE = ". ~/.modelyard/cluster/node.env; modelyard cluster keep-head --stop -
 _VERSION = "import importlib.metadata as m; print(m.version('ray'))"
 
 
-def up(file: ClusterFile, say: Callable[[str], None], *, restart: bool = True) -> None:
+def up(
+    file: ClusterFile, say: Callable[[str], None], *, restart: bool = True, timeout_s: float = LAUNCHER_TIMEOUT_S
+) -> None:
     """Check the file, then start the head and, through it, the other nodes.
 
     Raises:
@@ -40,7 +42,7 @@ def up(file: ClusterFile, say: Callable[[str], None], *, restart: bool = True) -
             own has another Ray.
         NotFoundError: the certificates it brings to the nodes are not made yet.
         AccessError, UnavailableError: a machine of its own refuses the key, or does not answer.
-        StartError: Ray's launcher failed, or took longer than LAUNCHER_TIMEOUT_S; its output says where.
+        StartError: Ray's launcher failed, or took longer than `timeout_s`; its output says where.
     """
     _refuse_manifest(file)
     errors = [problem for problem in check(file) if problem.level == "error"]
@@ -52,26 +54,28 @@ def up(file: ClusterFile, say: Callable[[str], None], *, restart: bool = True) -
     if file.kind == "local":
         say("asking each machine for its Ray and its key ...")
         greet(file)
-    _launcher(file, "up", *([] if restart else ["--no-restart"]), "--no-config-cache")
+    options = ["--no-config-cache"] if restart else ["--no-restart", "--no-config-cache"]
+    _launcher(file, "up", *options, limit=("--start-timeout-s", timeout_s))
 
 
-def down(file: ClusterFile, say: Callable[[str], None]) -> None:
+def down(file: ClusterFile, say: Callable[[str], None], timeout_s: float = LAUNCHER_TIMEOUT_S) -> None:
     """Stop what `up` started. On machines of your own, wait until each of them is rid of Ray.
 
     Raises:
         ConfigError: the file is none for `ray up`.
-        StartError: Ray's launcher failed, or took longer than LAUNCHER_TIMEOUT_S.
+        StartError: Ray's launcher failed, or took longer than `timeout_s`.
     """
     _refuse_manifest(file)
-    _let_go(file, say)
-    _launcher(file, "down")
+    limit = ("--timeout-s", timeout_s)
+    _let_go(file, say, limit)
+    _launcher(file, "down", limit=limit)
     if file.kind == "local":
         say("ending what is left on each machine ...")
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda address: run_on(file, address, STOP), addresses(file)))
 
 
-def _let_go(file: ClusterFile, say: Callable[[str], None]) -> None:
+def _let_go(file: ClusterFile, say: Callable[[str], None], limit: tuple[str, float]) -> None:
     """End the process that would start the head again, and remove the kept state: the next `up` is a new cluster."""
     if "keep-head" not in " ".join(map(str, file.data.get("head_start_ray_commands") or [])):
         return
@@ -81,7 +85,7 @@ def _let_go(file: ClusterFile, say: Callable[[str], None]) -> None:
             run_on(file, head_address(file), RELEASE)
         else:
             head_address(file)
-            _launcher(file, "exec", after=(RELEASE,))
+            _launcher(file, "exec", after=(RELEASE,), limit=limit)
     except (NotFoundError, StartError, UnavailableError) as error:
         say(f"the head did not answer, so its state may be kept: {error.problem}")
 
@@ -205,15 +209,18 @@ def refusal(file: ClusterFile, address: str, said: str) -> AccessError | Unavail
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
-def _launcher(file: ClusterFile, command: str, *options: str, after: Sequence[str] = ()) -> None:
+def _launcher(
+    file: ClusterFile, command: str, *options: str, limit: tuple[str, float], after: Sequence[str] = ()
+) -> None:
+    """Run a command of Ray's launcher; `limit` is the setting that ends it, and its seconds."""
     started = time.monotonic()
     sure = ["-y"] if command in ("up", "down") else []
     words: Sequence[str] = [*_RAY, command, *sure, *options, str(file.path), *after]
-    limit = LAUNCHER_TIMEOUT_S
+    setting, seconds = limit
     try:
-        answer = subprocess.run(words, env=_environment(file), stdin=subprocess.DEVNULL, timeout=limit, check=False)
+        answer = subprocess.run(words, env=_environment(file), stdin=subprocess.DEVNULL, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        problem = f"ray {command} {file.path} did not end within LAUNCHER_TIMEOUT_S={limit:g} s"
+        problem = f"ray {command} {file.path} did not end within {setting}={seconds:g} s"
         raise StartError(problem, "its output above says where it stands") from None
     code = answer.returncode
     if code != 0:
