@@ -39,6 +39,15 @@ REST_S = 20.0
 """Without work before counting: idle workers end, caches are dropped."""
 ALLOWED = {"memory_mib": 60.0, "open_files": 60.0, "processes": 3.0}
 """A rise up to this is no leak: pools fill, caches warm up."""
+BOUNDS = {
+    "RAY_LOG_MONITOR_MAX_OPEN_FILES": "10",  # of logs, a node; 200
+    "RAY_grpc_client_idle_timeout_ms": "10000",  # of connections to workers that ended; half an hour
+    "RAY_task_events_max_num_task_in_gcs": "100",  # 100,000
+    "RAY_maximum_gcs_destroyed_actor_cached_count": "10",  # 100,000
+    "RAY_maximum_gcs_dead_worker_cached_count": "10",  # 1,000
+}
+"""What Ray keeps of work that has ended grows to a bound; with Ray's own bounds (behind each) it would grow all the
+time that this takes, and hide a leak."""
 COUNTED = ("memory_mib", "open_files", "processes", "actors", "placement_groups", "leases", "shared_memory_mib")
 
 
@@ -52,7 +61,7 @@ class Soak:
         }
         mine = {"HOME": str(folder), "MODELYARD_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
         mine |= {"MODELYARD_GATEWAY_DB": f"sqlite:///{folder / 'gateway.db'}", "RAY_USAGE_STATS_ENABLED": "0"}
-        self.environment = {**kept, **mine}
+        self.environment = {**kept, **mine, **BOUNDS}
         self.answers = self.failures = self.jobs = self.cancelled = 0
         self.problems: list[str] = []
         self._over = threading.Event()
