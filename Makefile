@@ -1,7 +1,6 @@
 # make demo    train, evaluate, register and ask a small model (sets up .venv first)
-# make test    every check and every test
-# make test-hosts  clusters of many nodes, on hosts of network namespaces too; as root, with sshd, rsync,
-#              iproute2, nftables
+# make test    every check and every test; those on hosts of network namespaces only as root, with sshd, rsync,
+#              iproute2 and nftables
 # make check   format, lint, types, import directions, unit tests: under three minutes
 # make setup   .venv alone; made anew when pyproject.toml changes
 # make format  rewrite the code in the house style
@@ -15,7 +14,7 @@ READY := .venv/.ready
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test test-hosts check setup format clean
+.PHONY: demo test check setup format clean
 .DEFAULT_GOAL := check
 
 demo: $(READY)
@@ -23,10 +22,7 @@ demo: $(READY)
 
 test: check
 	$(PYTEST) -m "slow and not ray"
-	$(BIN)/pytest -m "ray and not hosts"  # one after the other: clusters, and kills in them, need the machine
-
-test-hosts: $(READY)
-	$(BIN)/pytest -m hosts
+	$(BIN)/pytest -m ray  # one after the other: clusters, and kills in them, need the machine
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ import yaml
 from tests.clusters.conftest import ROOT, Launched, must, until
 from tests.clusters.hosts import Hosts, hosts, why_not
 
-pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 REGION, PORT = "us-west-2", 5055
 FIRST = 4
 """EC2 keeps the first three addresses of a subnet."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.clusters.hosts import why_not
 
-pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 FAULTS = ("worker", "link10", "head")
 

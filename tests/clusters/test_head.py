@@ -16,7 +16,7 @@ import pytest
 from tests.clusters import conftest
 from tests.clusters.conftest import NODES, POOL, Launched, must
 
-pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
 
 SETUP = """
 import ray

@@ -17,7 +17,7 @@ from tests.serving.models import register, tiny_llama
 
 from modelyard.security import KeyStore
 
-pytestmark = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 def nodes(cluster: Launched) -> list[dict[str, Any]]:

@@ -186,7 +186,7 @@ def head(free_ports: Callable[[int], list[int]]) -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-heavy = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow]
+heavy = [pytest.mark.ray, pytest.mark.slow]
 
 
 class TestKept:

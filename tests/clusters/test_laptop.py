@@ -82,8 +82,10 @@ def test_two_starts_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MODELYARD_HOME", str(tmp_path))
     with (tmp_path / "laptop.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        said: list[str] = []
         with pytest.raises(ConfigError, match="is being started here already"):
-            laptop.up(laptop.plan([], []), tmp_path)
+            laptop.up(laptop.plan([], []), tmp_path, say=said.append)
+        assert said == []
 
 
 class Laptop:
@@ -193,7 +195,7 @@ class Callers:
                 self.failures.append(f"{type(error).__name__}: {error}")
 
 
-ray_slow = [pytest.mark.hosts, pytest.mark.ray, pytest.mark.slow]
+ray_slow = [pytest.mark.ray, pytest.mark.slow]
 JOB = """
 import sys, ray
 ray.init(log_to_driver=False)
@@ -236,7 +238,9 @@ class TestRunning:
         assert "asks for a token" in running.run("doctor", "--cluster")
 
     def test_a_second_one_is_refused(self, running: Laptop) -> None:
-        assert "a cluster runs here already" in running.run("up", code=2)
+        said = running.run("up", code=2)
+        assert "a cluster runs here already" in said
+        assert "starting" not in said
 
     def test_a_drain_moves_a_served_model_without_a_failed_call(
         self, running: Laptop, free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch

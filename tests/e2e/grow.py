@@ -1,17 +1,26 @@
-"""A waiting job makes an autoscaled cluster grow: python grow.py JOURNAL_URL. Prints one JSON object."""
+"""A waiting job, and then a served model, make an autoscaled cluster grow: python grow.py JOURNAL_URL FOLDER.
+
+Models and keys go to FOLDER. Prints one JSON object.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
+from pathlib import Path
 
 from tests.e2e.growing_cluster import growing_cluster
+from tests.serving.models import register, tiny_llama
 
-from modelyard.cluster import RayCluster
+from modelyard.cluster import LAUNCHED_BY, RayCluster
+from modelyard.config import parse
 from modelyard.errors import ConfigError
 from modelyard.scheduling import Request, lease, service
 from modelyard.scheduling.model import pool_of
+from modelyard.serving.deployment import control
+from modelyard.serving.deployment.config import ServingConfig
 
 LIMIT_S = 90.0
 
@@ -21,8 +30,11 @@ def main() -> None:
     each = {"resources": {"CPU": 1, "GPU": 2}, "min_workers": 0, "max_workers": 2}
     types = {pool: {**each, "labels": {"modelyard/pool": pool}} for pool in ("a100", "l4")}
     seen: dict[str, object] = {}
+    folder = Path(sys.argv[2])
+    os.environ |= {"HOME": str(folder), "MODELYARD_GATEWAY_DB": f"sqlite:///{folder / 'gateway.db'}"}
     with growing_cluster(types) as (_, config):
-        actor = service.start("fifo", journal=sys.argv[1], autoscaling_config=config)
+        LAUNCHED_BY.expanduser().write_text(config.read_text())  # as `ray up` leaves it on a head
+        actor = service.start("fifo", journal=sys.argv[1])
         try:
             with lease(gang("typo", "h100")):
                 pass
@@ -38,17 +50,28 @@ def main() -> None:
                     seen["second"] = pools(second.allocation)
                     seen["disjoint"] = not set(first.allocation) & set(second.allocation)
                     with second.placement_group(timeout_s=30):
-                        seen["nodes"] = sorted(pool_of(node) for node in RayCluster().nodes() if node.alive)
+                        seen["nodes"] = alive()
         finally:
             over.set()
             watcher.join(20)
         service.stop()
+        register(tiny_llama(folder / "model", seed=0), "gpt")
+        model = {"reference": "models:/gpt/1", "engine": "transformers", "cache_mib": 32}
+        app = {"model": model, "placement": {"pool": "a100", "cpus": 1}, "start_timeout_s": LIMIT_S}
+        said: list[str] = []
+        control.up(parse(ServingConfig, {"gateway": None, "models": [app]}), said.append)
+        seen["served"], seen["said"] = alive(), said
     print(json.dumps(seen))
 
 
 def gang(job: str, pool: str) -> Request:
     """Two workers of one GPU each."""
     return Request(job_id=job, min_workers=2, max_workers=2, pools=(pool,))
+
+
+def alive() -> list[str]:
+    """The pools of the nodes that are up."""
+    return sorted(pool_of(node) for node in RayCluster().nodes() if node.alive)
 
 
 def pools(allocation: dict[str, int]) -> dict[str, int]:

@@ -37,42 +37,34 @@ def config_file(token_config: Callable[..., Any], tmp_path: Path) -> Path:
     return path
 
 
-def test_killed_workers_and_drivers_change_neither_samples_nor_losses(
+def test_kills_and_other_gang_sizes_change_neither_samples_nor_losses(
     start_driver: Callable[..., Any], worker_processes: Callable[[], list[Any]], config_file: Path
 ) -> None:
+    """At ZeRO-3: the driver dies, one worker goes on and its driver dies too, two go on and a worker dies."""
     dice = random.Random(5)
-    calm = start_driver(config_file, "calm", "--run=calm").result()
-
-    first = start_driver(config_file, "first", "--run=wild")
-    first.wait_for_step(dice.randint(8, 12))
-    dice.choice(worker_processes()).kill()
-    first.wait_for("a second gang", lambda: len(first.records("start")) == 2)
-    first.wait_for_step(dice.randint(16, 22))
-    first.kill()
-    second = start_driver(config_file, "second", "--run=wild")
-    wild = second.result()
-
-    resumed_at = [start["step"] for start in first.records("start")[1:] + second.records("start")]
-    assert all(step > 0 for step in resumed_at), "each gang went on from a checkpoint"
-    assert wild["samples"] == calm["samples"]
-    assert wild["losses"] == pytest.approx(calm["losses"], abs=TOLERANCE)
-    assert len(set(wild["samples"])) == len(wild["samples"]) == STEPS * 96
-
-
-def test_two_workers_then_one_then_two_change_neither_samples_nor_losses(
-    start_driver: Callable[..., Any], config_file: Path
-) -> None:
     calm = start_driver(config_file, "calm", "--run=calm", "--training.zero_stage=3").result()
 
-    for name, workers, step in (("two", 2, 9), ("one", 1, 18)):
-        driver = start_driver(config_file, name, "--run=wild", f"--workers={workers}", "--training.zero_stage=3")
+    wild = ("--run=wild", "--training.zero_stage=3")
+    killed = []
+    for name, workers, step in (("two", 2, dice.randint(8, 12)), ("one", 1, dice.randint(16, 20))):
+        driver = start_driver(config_file, name, *wild, f"--workers={workers}")
         driver.wait_for_step(step)
+        driver.wait_for("a checkpoint of this gang", lambda driver=driver: driver.records("checkpoint"))
         driver.kill()
-    wild = start_driver(config_file, "again", "--run=wild", "--workers=2", "--training.zero_stage=3").result()
+        killed.append(driver)
+    last = start_driver(config_file, "again", *wild, "--workers=2")
+    last.wait_for_step(dice.randint(24, 30))
+    dice.choice(worker_processes()).kill()
+    last.wait_for("a second gang", lambda: len(last.records("start")) == 2)
+    result = last.result()
 
-    assert sorted(set(wild["workers"])) == [1, 2], "steps of both gang sizes are in the history"
-    assert wild["samples"] == calm["samples"]
-    assert wild["losses"] == pytest.approx(calm["losses"], abs=TOLERANCE)
+    starts = [start for driver in [*killed, last] for start in driver.records("start")]
+    assert [start["num_workers"] for start in starts] == [2, 1, 2, 2]
+    assert all(start["step"] > 0 for start in starts[1:]), "each gang went on from a checkpoint"
+    assert sorted(set(result["workers"])) == [1, 2], "steps of both gang sizes are in the history"
+    assert result["samples"] == calm["samples"]
+    assert result["losses"] == pytest.approx(calm["losses"], abs=TOLERANCE)
+    assert len(set(result["samples"])) == len(result["samples"]) == STEPS * 96
 
 
 def test_a_run_grows_at_a_step_boundary_when_room_appears(
@@ -99,20 +91,22 @@ def test_a_run_grows_at_a_step_boundary_when_room_appears(
     assert grown["samples"] == SampleOrder(90, 0).sample_ids(np.arange(80 * 96)).tolist()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_of_the_step_it_was_at(
-    start_driver: Callable[..., Any], config_file: Path, number: signal.Signals
+    start_driver: Callable[..., Any], config_file: Path
 ) -> None:
-    rarely = "--checkpoint.every_steps=1000"
-    first = start_driver(config_file, "first", "--run=told", rarely)
-    first.wait_for_step(8)
-    first.process.send_signal(number)
-    assert first.process.wait(60) != 0
-    second = start_driver(config_file, "second", "--run=told", rarely)
-    told = second.result()
+    """By Ctrl-C, then by SIGTERM; at ZeRO-2."""
+    rarely = ("--run=told", "--checkpoint.every_steps=1000")
+    for number, step in ((signal.SIGINT, 8), (signal.SIGTERM, 20)):
+        driver = start_driver(config_file, number.name, *rarely)
+        driver.wait_for_step(step)
+        driver.process.send_signal(number)
+        assert driver.process.wait(60) != 0
+        last = max(record["step"] for record in driver.records("step"))
+        assert [record["step"] for record in driver.records("checkpoint")] == [last]
+    told = (end := start_driver(config_file, "end", *rarely)).result()
 
-    (resumed,) = second.records("start")
-    assert resumed["step"] >= 8
+    (resumed,) = end.records("start")
+    assert resumed["step"] >= 20
     assert told["samples"] == SampleOrder(90, 0).sample_ids(np.arange(STEPS * 96)).tolist()
 
 

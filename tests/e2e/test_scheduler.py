@@ -156,7 +156,7 @@ def test_thirty_jobs_on_three_pools_all_end_though_the_scheduler_and_a_node_are_
     config = token_config(
         training={"max_steps": steps, "global_batch_size": BATCH, "micro_batch_size": 24, "zero_stage": 1},
         checkpoint={"every_steps": 50},
-        workers={"min": 1, "max": 4, "cpus": 1},
+        workers={"min": 1, "max": 2, "cpus": 1},
         lease={"tenant": "text"},
     )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
@@ -181,8 +181,8 @@ def test_thirty_jobs_on_three_pools_all_end_though_the_scheduler_and_a_node_are_
     assert any(len(set(workers)) > 1 for workers in gangs), f"no run was ever resized: {gangs}"
 
 
-def test_a_waiting_job_makes_the_autoscaler_launch_nodes_of_its_pool(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.e2e.grow", f"sqlite:///{tmp_path / 'grow.db'}"]
+def test_a_waiting_job_and_a_served_model_make_the_autoscaler_launch_nodes_of_their_pools(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.e2e.grow", f"sqlite:///{tmp_path / 'grow.db'}", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     seen = json.loads(done.stdout.splitlines()[-1])
@@ -191,3 +191,5 @@ def test_a_waiting_job_makes_the_autoscaler_launch_nodes_of_its_pool(tmp_path: P
     assert seen["nodes"] == ["default", "l4", "l4"], "the pool that was asked for grew, and no other"
     for job in ("first", "second"):
         assert "more nodes of l4 were asked for" in seen[f"{job}_reason"]
+    assert seen["served"] == ["a100", "default", "l4", "l4"], seen["said"]
+    assert "gpt: runs with 1 replica(s)" in seen["said"]

@@ -154,13 +154,15 @@ def test_trials_of_one_and_two_workers_share_the_cluster_by_leases(study: Callab
 
 
 def test_weak_trials_that_asha_stops_free_their_leases_for_the_next(study: Callable[..., Any], scheduler: Any) -> None:
-    """The cluster has room for one gang of three, so that each trial can only start when the one before has left."""
+    """A trial takes three of the cluster's four CPUs, so that each can only start when the one before has left."""
     from modelyard.scheduling import service
 
     rates = [0.01, 1e-6, 1e-7]
     space = {"optimizer.learning_rate": rates}
     config = study(space, 120, 20, search={"kind": "grid"}, scheduler={"kind": "asha", "reduction_factor": 2})
-    config = config.with_changes(train={**config.train, "workers": 3, "lease": {"tenant": "research"}})
+    config = config.with_changes(
+        train={**config.train, "workers": {"min": 1, "max": 1, "cpus": 3}, "lease": {"tenant": "research"}}
+    )
     done = tune(config, progress=False)
 
     assert [trial.status for trial in done.trials] == [TrialStatus.DONE, TrialStatus.STOPPED, TrialStatus.STOPPED]
@@ -184,9 +186,9 @@ def test_trials_below_the_median_of_the_others_are_stopped(study: Callable[..., 
 def test_two_objectives_make_a_front_of_quality_against_size(study: Callable[..., Any]) -> None:
     objectives = [{"metric": "perplexity", "mode": "min"}, {"metric": "parameters", "mode": "min"}]
     space = {"task.model.layers": [1, 2], "optimizer.learning_rate": [0.01, 1e-6]}
-    done = tune(study(space, 12, 4, trials=6, objectives=objectives, search={"kind": "tpe"}), progress=False)
+    done = tune(study(space, 12, 4, trials=4, objectives=objectives, search={"kind": "tpe"}), progress=False)
 
-    assert [trial.status for trial in done.trials] == [TrialStatus.DONE] * 6
+    assert [trial.status for trial in done.trials] == [TrialStatus.DONE] * 4
     figures = [tuple(trial.value(objective) for objective in done.config.objectives) for trial in done.trials]
     front = {figure for figure in figures if not any(b[0] < figure[0] and b[1] <= figure[1] for b in figures)}
     assert {tuple(trial.value(objective) for objective in done.config.objectives) for trial in done.best} <= front
