@@ -119,21 +119,28 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Launched, Cl
 
 
 ASK = """
-import json, sys, time, ray
-from ray.util.placement_group import placement_group
+import contextlib, json, sys, ray
+from modelyard.scheduling import Request, lease
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-if "grow" in sys.argv:
-    group = placement_group([{"GPU": 1}], bundle_label_selector=[{"modelyard/pool": "l4"}])
-    ray.get(group.ready(), timeout=240)
-print("NODES" + json.dumps([node["Labels"] for node in ray.nodes() if node["Alive"]]))
+with contextlib.ExitStack() as stack:
+    if "grow" in sys.argv:
+        request = Request(job_id="wants-l4", min_workers=1, max_workers=1, pools=("l4",))
+        held = stack.enter_context(lease(request, timeout_s=240))
+        stack.enter_context(held.placement_group(timeout_s=60))
+    print("NODES" + json.dumps([node["Labels"] for node in ray.nodes() if node["Alive"]]))
 """
 
 
+def on_head(launched: Launched, line: str) -> str:
+    """What a command prints on the head, which is the first instance that was launched."""
+    line = f". ~/.bashrc; . ~/.modelyard/cluster/node.env; {line}"
+    return must(launched.hosts[FIRST - 1].run("bash", "-c", line, timeout_s=300)).stdout
+
+
 def ask(launched: Launched, *words: str) -> list[dict[str, str]]:
-    """The labels of all nodes, asked on the head; `grow` first takes a GPU of the pool l4."""
+    """The labels of all nodes, asked on the head; `grow` does so while it holds a lease of a GPU of the pool l4."""
     (launched.folder / "ask.py").write_text(ASK)
-    line = f". ~/.bashrc; . ~/.modelyard/cluster/node.env; python {launched.folder / 'ask.py'} {' '.join(words)}"
-    text = must(launched.hosts[FIRST - 1].run("bash", "-c", line, timeout_s=300)).stdout
+    text = on_head(launched, f"python {launched.folder / 'ask.py'} {' '.join(words)}")
     labels: list[dict[str, str]] = json.loads(text.partition("NODES")[2])
     return labels
 
@@ -146,8 +153,9 @@ def test_the_head_and_the_edge_site_come_up_with_their_labels(aws: tuple[Launche
     assert sites == {"head": ("us-west-2", "cloud"), "edge": ("north", "edge")}
 
 
-def test_what_needs_an_l4_grows_exactly_that_pool_and_idle_nodes_go(aws: tuple[Launched, Cloud]) -> None:
+def test_a_lease_that_needs_an_l4_grows_exactly_that_pool_and_idle_nodes_go(aws: tuple[Launched, Cloud]) -> None:
     launched, up = aws
+    on_head(launched, "modelyard scheduler start --policy fifo")
     labels = ask(launched, "grow")
     assert sorted(each["modelyard/pool"] for each in labels) == ["edge", "head", "l4"]
     assert up.running() == ["edge-north", "head", "l4"]
