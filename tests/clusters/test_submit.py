@@ -152,6 +152,30 @@ def test_every_line_comes_once_though_the_connection_breaks(how: Exception, monk
     assert "".join(written) == "one\ntwo\nthree\n"
 
 
+def test_a_log_that_has_gone_silent_is_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Client):
+        """Whose first connection goes silent after a line."""
+
+        async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+            yield "one\n"
+            if self.breaks:
+                self.breaks -= 1
+                await asyncio.Event().wait()
+            yield "two\n"
+
+        def get_job_info(self, job_id: str) -> Any:
+            return SimpleNamespace(status="RUNNING" if not said[1:] else "SUCCEEDED", driver_exit_code=0)
+
+        def get_job_logs(self, job_id: str) -> str:
+            return "one\ntwo\n"
+
+    monkeypatch.setattr(submit, "SILENT_LOG_S", 0.05)
+    monkeypatch.setattr(submit, "_POLL_S", 0.01)
+    said: list[str] = []
+    assert submit.follow(Silent([], 1, "", 0), "job", said.append) == 0  # type: ignore[arg-type]
+    assert said == ["one\n", "two\n"]
+
+
 @pytest.mark.parametrize(
     ("code", "lost", "expected"),
     [(None, "JOB_SUPERVISOR_ACTOR_DIED", True), (None, "RUNTIME_ENV_SETUP_FAILURE", False), (3, None, False)],
