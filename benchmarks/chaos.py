@@ -4,6 +4,7 @@
     python benchmarks/chaos.py --quick                a killed worker, a short cut, a killed head
     python benchmarks/chaos.py --only head --json out.json
     python benchmarks/chaos.py --quick --together     one run meets them all, one after the other
+    python benchmarks/chaos.py --redis                the head's state in a Redis with mutual TLS, not on its disk
 
 Four hosts of network namespaces with ssh, started by `modelyard up`: a head, one for the job's script, two that train
 (one worker each, elastic from one to two); and two replicas of a small model behind a gateway, by HTTPS on every host.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ipaddress
 import itertools
 import json
 import os
@@ -54,7 +56,7 @@ START_S, END_S, MEND_S = 240.0, 240.0, 240.0
 """Longest wait for a run to start, to end, and for all hosts and replicas to be back."""
 ASK_EVERY_S, CALL_S = 0.25, 20.0
 CALLERS = 2
-S3_PORT = 8333
+S3_PORT, REDIS_PORT = 8333, 6380
 QUICK = ("worker", "link10", "head")
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
 LOOK = """
@@ -231,12 +233,13 @@ class Training:
 class Chaos:
     """The cluster, its S3 server, what is served on it, and what can happen to it."""
 
-    def __init__(self, made: Hosts, folder: Path) -> None:
-        self.folder, self.hosts = folder, made
+    def __init__(self, made: Hosts, folder: Path, *, with_redis: bool = False) -> None:
+        self.folder, self.hosts, self.with_redis = folder, made, with_redis
         self.head, self.base, *self.trainers = made.members
         self.victim: Host = self.trainers[-1]
         self.lost: set[str] = set()
         self._weed: subprocess.Popen[bytes] | None = None
+        self._redis: subprocess.Popen[bytes] | None = None
         self._lossy: Lossy | None = None
         self.bridge_address = made[0].address.rpartition(".")[0] + ".254"
         self.cluster = self._prepared()
@@ -274,6 +277,8 @@ class Chaos:
         os.environ.update(self.variables, MODELYARD_HOME=str(self.folder / "home"))
         extra = [word for name, value in self.variables.items() for word in ("--env", f"{name}={value}")]
         must(self.cluster.modelyard("certs", "create", *extra))
+        if self.with_redis:
+            self.start_redis()
         for host in self.hosts.members:  # so that a full disk can be had
             must(host.run("mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", "/tmp/ray"))
         must(self.cluster.modelyard("up", str(self.cluster.file), timeout_s=400))
@@ -383,6 +388,28 @@ class Chaos:
         with (here / "log").open("ab") as log:
             self._weed = subprocess.Popen(words, stdout=log, stderr=log, cwd=here)
         until(self._makes_bucket, 90, "the S3 server")
+
+    def start_redis(self) -> None:
+        """Start a Redis on the bridge, with a node's certificate, that asks for one; the head is to use it."""
+        from modelyard.clusters import certs
+
+        here = self.folder / "redis"
+        certs.issue(here, [ipaddress.ip_address(self.bridge_address)], self.folder / "home" / "cluster")
+        words = ["redis-server", "--port", "0", "--tls-port", str(REDIS_PORT), "--bind", self.bridge_address]
+        words += ["--requirepass", "chaos-secret", "--save", "", "--dir", str(here), "--logfile", str(here / "log")]
+        words += ["--tls-cert-file", str(here / certs.NODE_CERT), "--tls-key-file", str(here / certs.NODE_KEY)]
+        self._redis = subprocess.Popen([*words, "--tls-ca-cert-file", str(here / certs.CA_CERT)])
+        (here / "password").write_text("chaos-secret")
+        where = f"rediss://{self.bridge_address}:{REDIS_PORT}"
+        password = str(here / "password")
+        must(self.cluster.modelyard("certs", "redis", where, "--name", "chaos", "--redis-password-file", password))
+
+    def stop_servers(self) -> None:
+        """Kill what runs on the bridge."""
+        self.stop_s3()
+        if self._redis is not None:
+            self._redis.kill()
+            self._redis.wait(20)
 
     def stop_s3(self) -> None:
         """Kill the S3 server."""
@@ -568,16 +595,16 @@ def until(condition: Callable[[], Any], timeout_s: float, claim: str, pause_s: f
 
 
 @contextlib.contextmanager
-def chaos(folder: Path) -> Iterator[Chaos]:
+def chaos(folder: Path, *, with_redis: bool) -> Iterator[Chaos]:
     """The cluster, up; nothing of it is left afterwards."""
     with hosts(4, folder) as made:
-        found = Chaos(made, folder)
+        found = Chaos(made, folder, with_redis=with_redis)
         try:
             found.start()
             yield found
         finally:
             found.unspoil()
-            found.stop_s3()
+            found.stop_servers()
 
 
 def report(outcomes: Sequence[Outcome], path: Path | None) -> None:
@@ -605,6 +632,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=", ".join(QUICK))
     parser.add_argument("--only", nargs="+", choices=FAULTS, metavar="NAME", help=", ".join(FAULTS))
     parser.add_argument("--together", action="store_true", help="one training run for all of them")
+    parser.add_argument("--redis", action="store_true", help="keep the head's state in a Redis; needs redis-server")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", action="store_true", help="keep the folder with all logs")
     options = parser.parse_args()
@@ -618,7 +646,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="my-chaos-"))
     outcomes: list[Outcome] = []
     try:
-        with chaos(folder) as found:
+        with chaos(folder, with_redis=options.redis) as found:
             for group in [names] if options.together else [[name] for name in names]:
                 try:
                     met = found.run(group)

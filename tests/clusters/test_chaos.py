@@ -1,8 +1,12 @@
-"""Three faults of `benchmarks/chaos.py` on real hosts, met by one run: none costs a row, or a call."""
+"""Three faults of `benchmarks/chaos.py` on real hosts, met by one run: none costs a row, or a call.
+
+Where there is a redis-server, it keeps the head's state.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +27,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         pytest.skip(f"hosts of network namespaces: {reason}")
     path = tmp_path_factory.mktemp("chaos") / "out.json"
     command = [sys.executable, str(SCRIPT), "--only", *FAULTS, "--together", "--json", str(path)]
+    command += ["--redis"] if shutil.which("redis-server") else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as script:
         try:
             said = script.communicate(timeout=840)[0]
