@@ -298,6 +298,8 @@ class Chaos:
         }
         (self.folder / "serving.yaml").write_text(yaml.safe_dump(serving))
         until(lambda: len(self.alive()) == len(self.hosts.members), START_S, "every host to join")
+        if self.with_redis and not self._redis_keys():
+            raise RuntimeError("the head keeps nothing in the Redis")
         for host in self.hosts.members:  # each one's own, at one path; homes differ here
             for end in ("crt", "key"):
                 must(host.run("cp", f"{host.home}/.modelyard/cluster/node.{end}", f"/tmp/ray/gateway.{end}"))
@@ -403,6 +405,14 @@ class Chaos:
         where = f"rediss://{self.bridge_address}:{REDIS_PORT}"
         password = str(here / "password")
         must(self.cluster.modelyard("certs", "redis", where, "--name", "chaos", "--redis-password-file", password))
+
+    def _redis_keys(self) -> int:
+        """How many there are in the Redis."""
+        here = self.folder / "redis"
+        words = ["redis-cli", "-h", self.bridge_address, "-p", str(REDIS_PORT), "--tls", "--no-auth-warning"]
+        words += ["--cert", str(here / "node.crt"), "--key", str(here / "node.key"), "--cacert", str(here / "ca.crt")]
+        answer = must(subprocess.run([*words, "-a", "chaos-secret", "dbsize"], capture_output=True, text=True))
+        return int(answer.stdout.split()[-1])
 
     def stop_servers(self) -> None:
         """Kill what runs on the bridge."""
