@@ -30,6 +30,7 @@ def test_a_closed_cluster_has_nothing_to_mend() -> None:
     [
         ("dashboard", {"dashboard_status": 200}, "fail", "whoever reaches it can run code as you"),
         ("dashboard", {"dashboard_status": None}, "warn", "does not answer"),
+        ("dashboard", {"dashboard_status": None, "is_named": True}, "fail", "does not answer"),
         ("dashboard wire", {"dashboard": "http://10.0.0.1:8265"}, "fail", "plain HTTP"),
         ("traffic", {"gcs_is_tls": False}, "fail", "speaks plain text"),
         ("traffic", {"gcs_is_tls": False, "is_one_machine": True}, "ok", "this machine only"),

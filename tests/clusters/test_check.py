@@ -461,3 +461,11 @@ def test_a_machine_gets_the_flags_of_its_own_entry() -> None:
     assert any("modelyard/pool=a100" in flag and "ray.io/accelerator-type=A100" in flag for flag in flags)
     with pytest.raises(ConfigError, match="none of this machine's addresses"):
         files.host_flags(file, {"127.0.0.1"})
+
+
+def test_a_file_is_checked_where_there_are_no_job_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(modelyard, ["cluster", "check", str(ROOT / "cluster.yaml")])
+    assert answer.exit_code == 0, answer.output
+    answer = CliRunner().invoke(modelyard, ["cluster", "check", str(ROOT / "cluster.yaml"), "--configs", "none"])
+    assert "no folder 'none' of job configs" in str(answer.exception)

@@ -51,6 +51,10 @@ def test_without_pools_the_head_takes_the_work() -> None:
         (["a=1", "a=2"], [], "there twice"),
         ([], ["north", "north"], "there twice"),
         (["a=99"], [], "100 nodes on one machine"),
+        (["a=0x1"], [], "a node at least"),
+        (["a=1x1:1000000000000"], [], "at most 4096 CPUs"),
+        ([], ["a/b"], "'a/b' is no name"),
+        ([], [""], "'' is no name"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(pools: list[str], sites: list[str], problem: str) -> None:
@@ -76,6 +80,17 @@ def test_the_node_to_drain_is_found_by_id_name_or_address() -> None:
         drain.find(nodes, "aaaaaa11", {})
     with pytest.raises(NotFoundError, match="no node 'cccccc44' is alive"):
         drain.find(nodes, "cccccc44", {})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"address": 5, "nodes": []}'])
+def test_a_damaged_note_of_the_cluster_is_named_and_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("MODELYARD_HOME", str(tmp_path))
+    (tmp_path / "laptop.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"laptop.json is damaged"):
+        laptop.up(laptop.plan([], []), tmp_path)
+    assert (tmp_path / "laptop.json").read_text() == text
 
 
 def test_two_starts_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +244,11 @@ class TestRunning:
     def test_a_job_gets_its_node_and_its_exit_code_comes_back(self, running: Laptop) -> None:
         (running.folder / "job.py").write_text(JOB)
         output = running.run("submit", "job.py", "--working-dir", ".", code=7)
+        assert "runs on edge-north" in output
+
+    def test_a_script_on_another_node_is_heard_too(self, running: Laptop) -> None:
+        (running.folder / "job.py").write_text(JOB)
+        output = running.run("submit", "job.py", "--working-dir", ".", "--driver-pool", "serve", code=7)
         assert "runs on edge-north" in output
 
     def test_without_the_token_nobody_gets_in(self, running: Laptop) -> None:

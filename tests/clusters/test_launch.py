@@ -30,7 +30,7 @@ def test_a_manifest_is_for_kubectl(no_launcher: None) -> None:
     file = files.read(ROOT / "deploy" / "kuberay" / "raycluster.yaml")
     with pytest.raises(ConfigError, match=r"is a KubeRay manifest\n  -> kubectl apply -f"):
         launch.up(file, print)
-    with pytest.raises(ConfigError, match="is a KubeRay manifest"):
+    with pytest.raises(ConfigError, match=r"is a KubeRay manifest\n  -> kubectl delete -f"):
         launch.down(file, print)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from click.testing import CliRunner
 
 from modelyard.cli.main import modelyard
 from modelyard.clusters import submit
@@ -59,8 +61,29 @@ def test_data_in_the_working_directory_is_refused_with_its_name(
 def test_a_script_that_is_not_there_or_elsewhere_is_refused(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no script"):
         submit.prepare(repository / "jobs" / "trian.py", [])
+    (tmp_path / "elsewhere").mkdir()
     with pytest.raises(ConfigError, match="outside the working directory"):
-        submit.prepare(repository / "jobs" / "train.py", [], tmp_path / "repository" / "jobs" / "none")
+        submit.prepare(repository / "jobs" / "train.py", [], tmp_path / "elsewhere")
+
+
+def test_a_working_directory_that_is_none_is_refused(repository: Path) -> None:
+    script = repository / "jobs" / "train.py"
+    for folder in (script, repository / "none"):
+        with pytest.raises(NotFoundError, match=r"no folder .*\n  -> name one with --working-dir"):
+            submit.prepare(script, [], folder)
+
+
+def test_a_pipe_in_the_working_directory_is_refused_for_it_would_be_waited_for(repository: Path) -> None:
+    os.mkfifo(repository / "pipe")
+    with pytest.raises(ConfigError, match="pipe' is no file that can be sent"):
+        submit.prepare(repository / "jobs" / "train.py", [])
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_wait_that_is_no_length_of_time_is_refused(repository: Path, seconds: str) -> None:
+    answer = CliRunner().invoke(modelyard, ["submit", str(repository / "jobs" / "train.py"), "--timeout-s", seconds])
+    assert answer.exit_code == 2
+    assert "--timeout-s" in answer.output
 
 
 def test_an_id_that_is_no_name_is_refused(repository: Path) -> None:
@@ -116,6 +139,7 @@ class Client:
     def __init__(self, parts: list[str], breaks: int, status: str, code: int | None, lost: str | None = None) -> None:
         self.parts, self.breaks, self.status, self.code, self.lost = parts, breaks, status, code, lost
         self.break_with: Exception = RuntimeError("the connection was closed")
+        self.living = ["n2"]
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
         for number, part in enumerate(self.parts):
@@ -126,7 +150,17 @@ class Client:
             await asyncio.sleep(0)
 
     def get_job_info(self, job_id: str) -> Any:
-        return SimpleNamespace(status=self.status, driver_exit_code=self.code, error_type=self.lost)
+        return SimpleNamespace(
+            status=self.status,
+            driver_exit_code=self.code,
+            error_type=self.lost,
+            driver_node_id="n1",
+            message="Ray says so",
+        )
+
+    def _do_request(self, method: str, path: str) -> Any:
+        nodes = [{"node_id": node, "state": "ALIVE"} for node in self.living]
+        return SimpleNamespace(status_code=200, json=lambda: {"data": {"result": {"result": nodes}}})
 
     def get_job_logs(self, job_id: str) -> str:
         if self.lost:
@@ -188,6 +222,17 @@ def test_a_job_that_went_with_its_node_is_told_from_one_that_failed(
     assert submit.was_lost(client, "job", "http://127.0.0.1:1") is expected
 
 
+def test_a_job_of_which_ray_lost_sight_is_not_sent_again_while_its_node_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_POLL_S", 0.01)
+    client: Any = Client(["x"], 0, "FAILED", None, "JOB_SUPERVISOR_ACTOR_START_FAILURE")
+    client.living = ["n1", "n2"]
+    assert not submit.was_lost(client, "job", "http://x", patience_s=0.05)
+    assert submit.why(client, "job", "http://x") == "Ray says so"
+    seen = iter([["n1"], ["n1"], []])
+    monkeypatch.setattr(submit, "_living", lambda *_: [{"node_id": node} for node in next(seen)])
+    assert submit.was_lost(client, "job", "http://x"), "a node that has just died is waited for"
+
+
 @pytest.mark.parametrize(("status", "expected"), [(200, {"cpu"}), (500, set())])
 def test_the_pools_that_have_a_node_are_those_of_living_nodes(status: int, expected: set[str]) -> None:
     nodes = [{"state": "ALIVE", "labels": {"modelyard/pool": "cpu"}}, {"state": "ALIVE"}]
@@ -221,6 +266,13 @@ def test_refusals_of_the_dashboard_are_told_apart() -> None:
         raise AuthenticationError("no")
     with pytest.raises(UnavailableError, match="boom"), submit.translated("http://x"):
         raise RuntimeError("Request failed with status code 500: boom")
+    with (
+        pytest.raises(UnavailableError, match=r"already exists\n  -> choose another --id"),
+        submit.translated("http://x"),
+    ):
+        raise RuntimeError(
+            "status code 500: Traceback\n  File x\nValueError: Job with submission_id a already exists\n"
+        )
 
 
 def test_a_cluster_that_has_only_just_started_is_asked_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelyard.cli import tables
+from modelyard.cli.options import Seconds
 
 if TYPE_CHECKING:
     from modelyard.clusters.check import Problem
@@ -28,12 +29,10 @@ def cluster() -> None:
 @click.option(
     "--configs",
     type=click.Path(path_type=Path),
-    default=Path("jobs/configs"),
-    show_default=True,
-    help="Folder of job configs to find room for.",
+    help="Folder of job configs to find room for; by default jobs/configs, where there is one.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(file: Path, configs: Path, as_json: bool) -> int:
+def check(file: Path, configs: Path | None, as_json: bool) -> int:
     """Validate FILE offline, and print what each job's config could get on it.
 
     Exit code 2 when it cannot work, 1 when only a job's config is invalid.
@@ -47,7 +46,9 @@ def check(file: Path, configs: Path, as_json: bool) -> int:
         types = read.node_types
     except files.ShapeError:  # among the problems
         types = ()
-    offers = [demand.offer(each, types) for each in demand.demands(configs)]
+    here = Path("jobs/configs")
+    jobs = demand.demands(configs or here) if configs or here.is_dir() else []
+    offers = [demand.offer(each, types) for each in jobs]
     if as_json:
         report = {
             "kind": read.kind,
@@ -115,7 +116,7 @@ def firewall(
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--stop", is_flag=True, help="End the head and its keeper instead.")
 @click.option("--forget", is_flag=True, help="With --stop: also remove the kept state.")
-@click.option("--timeout-s", default=180.0, show_default=True, help="Longest wait for the head.")
+@click.option("--timeout-s", default=180.0, show_default=True, type=Seconds(), help="Longest wait for the head.")
 def keep_head(command: tuple[str, ...], stop: bool, forget: bool, timeout_s: float) -> None:
     """Start a head (`-- ray start --head ...`) that is started again whenever it dies.
 

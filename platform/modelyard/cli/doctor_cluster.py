@@ -44,6 +44,8 @@ class Exposure:
     gcs_is_tls: bool | None = None
     """None when nothing answered."""
     is_one_machine: bool = False
+    is_named: bool = False
+    """Whether somebody named the dashboard; else it is a guess."""
     doors: Sequence[Door] = ()
     certificates: Sequence[tuple[str, str, str]] = ()
     """File, problem, what to do; of those with a problem."""
@@ -55,7 +57,7 @@ def findings(exposure: Exposure) -> list[Finding]:
     return [*_dashboard(exposure), *_wire(exposure), *_doors(exposure), *_certificates(exposure)]
 
 
-def gather(dashboard: str, gcs: str, *, is_one_machine: bool) -> Exposure:
+def gather(dashboard: str, gcs: str, *, is_one_machine: bool, is_named: bool = False) -> Exposure:
     """Knock, without a token, at the dashboard and at every port of Ray on this machine. Takes some seconds."""
     from modelyard.clusters import certs
     from modelyard.errors import ModelyardError
@@ -72,6 +74,7 @@ def gather(dashboard: str, gcs: str, *, is_one_machine: bool) -> Exposure:
         gcs=gcs,
         gcs_is_tls=_speaks_tls(gcs) if gcs else None,
         is_one_machine=is_one_machine,
+        is_named=is_named,
         doors=doors,
         certificates=[(each.file.name, each.problem, each.todo) for each in statuses if each.problem],
         has_certificates=bool(statuses),
@@ -81,9 +84,8 @@ def gather(dashboard: str, gcs: str, *, is_one_machine: bool) -> Exposure:
 def _dashboard(exposure: Exposure) -> Iterator[Finding]:
     status, url = exposure.dashboard_status, exposure.dashboard
     if status is None:
-        yield Finding(
-            "dashboard", "warn", f"{url} does not answer", "name it: modelyard doctor --cluster --address URL"
-        )
+        todo = "is the address right?" if exposure.is_named else "name it: modelyard doctor --cluster --address URL"
+        yield Finding("dashboard", "fail" if exposure.is_named else "warn", f"{url} does not answer", todo)
     elif status in REFUSED:
         yield Finding("dashboard", "ok", f"{url} asks for a token")
     else:

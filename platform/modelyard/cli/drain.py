@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from modelyard.cli.options import Seconds
+
 
 @click.command()
 @click.argument("node")
@@ -11,7 +13,7 @@ import click
     "--deadline-s",
     default=600.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=Seconds(from_zero=True),
     help="Longest time to leave; announced to what runs.",
 )
 def drain(node: str, deadline_s: float) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,22 @@ import click
 
 from modelyard import config as configs
 from modelyard.errors import ConfigError
+
+
+class Seconds(click.FloatRange):
+    """A length of time: a number above `min` (0 itself only when `from_zero`), and finite."""
+
+    name = "seconds"
+
+    def __init__(self, *, from_zero: bool = False) -> None:
+        super().__init__(min=0, min_open=not from_zero)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As click, but `nan` and `inf` are no lengths of time."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number of seconds.", param, ctx)
+        return number
 
 
 def config_options(

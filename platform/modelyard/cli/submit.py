@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,12 @@ from urllib.parse import urlsplit
 
 import click
 
+from modelyard.cli.options import Seconds
+
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from modelyard.clusters.laptop import Laptop
     from modelyard.clusters.submit import Job
 
 
@@ -34,7 +38,9 @@ if TYPE_CHECKING:
 @click.option("--driver-pool", metavar="POOL", help="Run the script on a node of this pool: it outlives the head.")
 @click.option("--restarts", default=0, type=click.IntRange(min=0), help="Send it again when its node is lost.")
 @click.option("--detach", is_flag=True, help="Return once the job is accepted.")
-@click.option("--timeout-s", default=60.0, show_default=True, help="Longest wait for the way to the cluster.")
+@click.option(
+    "--timeout-s", default=60.0, show_default=True, type=Seconds(), help="Longest wait for the way to the cluster."
+)
 def submit(
     script: Path,
     arguments: tuple[str, ...],
@@ -55,8 +61,10 @@ def submit(
 ) -> int:
     """Run SCRIPT with ARGUMENTS on a cluster, print what it prints, and exit with its exit code.
 
-    Ctrl-C stops watching; the job goes on.
+    Ctrl-C stops watching; the job goes on. Options that SCRIPT shares with this command go after `--`:
+    `modelyard submit SCRIPT -- --id 5`.
     """
+    from modelyard.clusters import laptop
     from modelyard.clusters import submit as jobs
     from modelyard.errors import ConfigError
 
@@ -86,16 +94,20 @@ def submit(
         if detach:
             click.echo(job_id)
             return 0
-        return _followed(client, job, job_id, url, restarts)
+        here = laptop.current()
+        is_elsewhere = here is not None and url == here.dashboard and driver_pool is not None
+        return _followed(client, job, job_id, url, restarts, here if is_elsewhere else None)
 
 
-def _followed(client: JobSubmissionClient, job: Job, job_id: str, url: str, restarts: int) -> int:
+def _followed(client: JobSubmissionClient, job: Job, job_id: str, url: str, restarts: int, here: Laptop | None) -> int:
     """Follow a job, and send it again when its node was lost; a run goes on from its newest checkpoint."""
+    from modelyard.clusters import laptop
     from modelyard.clusters import submit as jobs
 
     for left in range(restarts, -1, -1):
         try:
-            code = jobs.follow(client, job_id, lambda text: click.echo(text, nl=False))
+            read = None if here is None else functools.partial(laptop.job_log, here, job_id)
+            code = jobs.follow(client, job_id, lambda text: click.echo(text, nl=False), read=read)
         except KeyboardInterrupt:
             click.echo(f"\njob {job_id} goes on; ray job logs --follow {job_id}, ray job stop {job_id}", err=True)
             return 130
@@ -104,7 +116,9 @@ def _followed(client: JobSubmissionClient, job: Job, job_id: str, url: str, rest
         again = dataclasses.replace(job, submission_id=None)
         click.echo(f"job {job_id}: its node is lost; it is sent again", err=True)
         job_id = jobs.start(client, again, url)
-    click.echo(f"job {job_id}: " + ("done" if code == 0 else f"exit code {code}"), err=True)
+    said = jobs.why(client, job_id, url) if code else ""
+    how = "done" if code == 0 else f"Ray lost sight of it: {said}" if said else f"exit code {code}"
+    click.echo(f"job {job_id}: {how}", err=True)
     return code
 
 

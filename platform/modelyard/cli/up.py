@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from modelyard.cli import tables
+from modelyard.cli.options import Seconds
 
 
 @click.command()
@@ -18,7 +19,7 @@ from modelyard.cli import tables
 @click.option("--temp-dir", type=click.Path(path_type=Path), help="Ray's folder; by default Ray's own.")
 @click.option(
     "--start-timeout-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(),
     help="Longest wait for the nodes: by default 120 on this machine, 3600 for FILE.",
 )
 def up(
@@ -39,12 +40,13 @@ def up(
         _up_from(file, bool(pools or sites or cpus is not None), start_timeout_s)
         return
     from modelyard.clusters import laptop
+    from modelyard.training.interrupts import terminated_as_interrupted
 
     laptop.authenticate(make=True)
     nodes = laptop.plan(pools, sites, cpus)
-    started = laptop.up(
-        nodes, temp_dir, start_timeout_s or laptop.START_TIMEOUT_S, say=lambda text: click.echo(text, err=True)
-    )
+    limit = start_timeout_s or laptop.START_TIMEOUT_S
+    with terminated_as_interrupted():  # half a cluster would stay
+        started = laptop.up(nodes, temp_dir, limit, say=lambda text: click.echo(text, err=True))
     click.echo(f"address    {started.address}   (export RAY_ADDRESS={started.address})")
     click.echo(f"dashboard  {started.dashboard}")
     click.echo(f"nodes      {len(nodes)}: modelyard status shows them, modelyard down stops them")
@@ -53,11 +55,7 @@ def up(
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--timeout-s",
-    default=3600.0,
-    show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
-    help="Longest wait for the machines of FILE.",
+    "--timeout-s", default=3600.0, show_default=True, type=Seconds(), help="Longest wait for the machines of FILE."
 )
 def down(file: Path | None, timeout_s: float) -> None:
     """Stop the cluster of this laptop, or that of FILE, and nothing else."""
@@ -69,8 +67,9 @@ def down(file: Path | None, timeout_s: float) -> None:
         return
     from modelyard.clusters import laptop
 
-    ended = laptop.down(laptop.required())
-    click.echo(f"stopped: {ended} processes")
+    here = laptop.required()
+    laptop.down(here)
+    click.echo(f"stopped: {len(here.nodes)} nodes")
 
 
 @click.command()

@@ -80,11 +80,12 @@ def drain(
 
     Raises:
         NotFoundError, ConfigError: as `find`.
-        UnavailableError: Ray refused.
+        UnavailableError: Ray refused, or the node is just going.
         WaitTimeoutError: something is still there after `deadline_s`.
     """
     import ray
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray.exceptions import RayError
 
     addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
     shared = len(set(addresses.values())) < len(addresses)
@@ -94,7 +95,10 @@ def drain(
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     until_ms = int((time.time() + deadline_s) * 1000)
     preemption = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, problem = client.drain_node(node.node_id, preemption, reason, until_ms)
+    try:
+        accepted, problem = client.drain_node(node.node_id, preemption, reason, until_ms)
+    except RayError as error:
+        accepted, problem = False, str(error)
     if not accepted:
         raise UnavailableError(f"Ray does not drain node {node.node_id[:12]}: {problem}", "try again in a moment")
     deadline, last = time.monotonic() + deadline_s, None
@@ -103,7 +107,8 @@ def drain(
             say(f"still there: {left}")
             last = str(left)
         if time.monotonic() > deadline:
-            raise WaitTimeoutError(f"node {node.node_id[:12]} to be empty; it holds {left}", deadline_s, "--deadline-s")
+            what = f"node {node.node_id[:12]} to be empty; it holds {left}, takes nothing new, and Ray ends it now"
+            raise WaitTimeoutError(what, deadline_s, "--deadline-s")
         time.sleep(POLL_S)
 
 

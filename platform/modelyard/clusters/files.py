@@ -108,9 +108,7 @@ def read(path: Path) -> ClusterFile:
         )
     kind = provider["type"]
     if kind not in (*CLOUDS, "local"):
-        raise ConfigError(
-            f"{str(path)!r}: provider.type is {kind!r}", f"known: aws, azure, gcp, local; {nearest(str(kind), CLOUDS)}"
-        )
+        raise ConfigError(f"{str(path)!r}: provider.type is {kind!r}", nearest(str(kind), (*CLOUDS, "local")))
     return ClusterFile(path, kind, str(data.get("cluster_name") or ""), data)
 
 

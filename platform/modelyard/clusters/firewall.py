@@ -32,6 +32,7 @@ def rules(addresses: Sequence[str], opened: Sequence[int] = ()) -> str:
     Raises:
         ConfigError: one is no IP address.
     """
+    opened = sorted(set(opened))
     lines = [f"table inet {TABLE}", f"delete table inet {TABLE}", f"table inet {TABLE} {{", "  chain input {"]
     lines += ["    type filter hook input priority -5; policy accept;", '    iif "lo" accept']
     lines += ["    ct state established,related accept"]

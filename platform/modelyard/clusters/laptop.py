@@ -43,7 +43,10 @@ ATTEMPTS = 3
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 MAX_NODES = 64
+MAX_AMOUNT = 4096
+"""CPUs or accelerators of a node."""
 _POOL = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)=(?P<nodes>\d+)(?:x(?P<gpus>\d+))?(?::(?P<cpus>\d+))?\Z")
+_SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
 _MIB = 1 << 20
 
 
@@ -98,11 +101,17 @@ def plan(pools: Sequence[str], sites: Sequence[str], cpus: int | None = None) ->
         name, count, gpus = match["name"], int(match["nodes"]), int(match["gpus"] or 0)
         if any(node.labels[POOL] == name for node in nodes):
             raise ConfigError(f"--pool {name} is there twice", "name each pool once")
+        if count < 1 or max(gpus, int(match["cpus"] or 0)) > MAX_AMOUNT:
+            raise ConfigError(
+                f"--pool {text!r} is no pool", f"give it a node at least, of at most {MAX_AMOUNT} CPUs and accelerators"
+            )
         labels = {POOL: name, SITE: "laptop", TIER: "cloud", **zone}
         labels |= {ACCELERATOR: name.upper()} if gpus else {}
         each = int(match["cpus"] or max(gpus, own))
         nodes += [LogicalNode(f"{name}-{number}", labels, each, gpus) for number in range(count)]
     for site in sites:
+        if not _SITE.match(site):
+            raise ConfigError(f"--site {site!r} is no name", "use letters, digits, `.`, `_` and `-`")
         if any(node.labels[SITE] == site for node in nodes):
             raise ConfigError(f"--site {site} is there twice, or is the laptop's own", "name each site once")
         nodes.append(LogicalNode(f"edge-{site}", {POOL: "edge", SITE: site, TIER: "edge", ZONE: site}, own))
@@ -186,14 +195,31 @@ def _up(nodes: Sequence[LogicalNode], temp_dir: Path | None, start_timeout_s: fl
 
 
 def current() -> Laptop | None:
-    """The laptop cluster of this user's `MODELYARD_HOME`, if it runs."""
+    """The laptop cluster of this user's `MODELYARD_HOME`, if it runs.
+
+    Raises:
+        ConfigError: the file that says which one it is is damaged, so that a running one would be lost.
+    """
     try:
         stored = json.loads(_state_file().read_text())
         nodes = tuple(LogicalNode(**node) for node in stored.pop("nodes"))
         laptop = Laptop(**stored, nodes=nodes)
-    except (OSError, ValueError, TypeError, KeyError):
+        laptop.address.partition(":")
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        found = [str(process.pid) for process in psutil.process_iter() if _id_of(process) and _is_supervisor(process)]
+        todo = f"end its nodes (kill {' '.join(found)}: nodes of this user's laptop clusters), " if found else ""
+        raise ConfigError(f"{_state_file()} is damaged: {error!r}", f"{todo}then remove the file") from error
     return laptop if laptop.processes else None
+
+
+def job_log(laptop: Laptop, job_id: str) -> str | None:
+    """What a job's script has printed on another node than the head: Ray's agent there looks in the head's folder."""
+    for folder in _node_folders(laptop):
+        for path in folder.glob(f"session_*/logs/job-driver-{job_id}.log"):
+            return path.read_text(errors="replace")
+    return None
 
 
 def required() -> Laptop:
@@ -282,7 +308,8 @@ def _join(
         if time.monotonic() > deadline:
             names = ", ".join(sorted(missing))
             where = f"output in {_log_file(min(missing))}"
-            what = f"{names} of the laptop cluster ({failures.total()} starts failed, {where})"
+            failed = f"{failures.total()} starts failed, " if failures else ""
+            what = f"{names} of the laptop cluster ({failed}{where})"
             raise WaitTimeoutError(what, start_timeout_s, "--start-timeout-s")
         time.sleep(0.2)
 

@@ -44,7 +44,7 @@ def up(
         AccessError, UnavailableError: a machine of its own refuses the key, or does not answer.
         StartError: Ray's launcher failed, or took longer than `timeout_s`; its output says where.
     """
-    _refuse_manifest(file)
+    _refuse_manifest(file, "apply")
     errors = [problem for problem in check(file) if problem.level == "error"]
     if errors:
         raise ConfigError("\n".join(map(str, errors)), f"modelyard cluster check {file.path} shows all of it")
@@ -65,7 +65,7 @@ def down(file: ClusterFile, say: Callable[[str], None], timeout_s: float = LAUNC
         ConfigError: the file is none for `ray up`.
         StartError: Ray's launcher failed, or took longer than `timeout_s`.
     """
-    _refuse_manifest(file)
+    _refuse_manifest(file, "delete")
     limit = ("--timeout-s", timeout_s)
     _let_go(file, say, limit)
     _launcher(file, "down", limit=limit)
@@ -242,6 +242,6 @@ def _refuse_bad_certificates() -> None:
             raise ConfigError(f"the authority in {default_folder()} has expired", "modelyard certs rotate")
 
 
-def _refuse_manifest(file: ClusterFile) -> None:
+def _refuse_manifest(file: ClusterFile, verb: str) -> None:
     if file.kind == "kuberay":
-        raise ConfigError(f"{str(file.path)!r} is a KubeRay manifest", f"kubectl apply -f {file.path}")
+        raise ConfigError(f"{str(file.path)!r} is a KubeRay manifest", f"kubectl {verb} -f {file.path}")

@@ -47,6 +47,8 @@ LOST = (
     "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE",
 )
 """What Ray says of a job whose node is gone."""
+NODE_LOST_S = 60.0
+"""After a job's script is gone, Ray has missed its node by then if that is gone as well."""
 STOPPED_CODE = 130
 _POLL_S = 1.0
 REQUEST_TIMEOUT_S = 60.0
@@ -56,6 +58,13 @@ SILENT_LOG_S = 300.0
 _ID = re.compile(r"[A-Za-z0-9._-]+")
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray's client takes these before the address that it is given."""
+_NOISY = (
+    "ray.dashboard",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env",
+)
+"""They tell of every file and connection; two set their own level when they are imported."""
 _NOT_READY = "No available agent"
 """What Ray's dashboard says until the first node's agent has reported to it."""
 
@@ -105,7 +114,7 @@ def prepare(
         others: fields of `Job`.
 
     Raises:
-        NotFoundError: there is no such script.
+        NotFoundError: there is no such script, or no such working directory.
         ConfigError: it is outside the working directory, the directory is too large to send, or `submission_id` is
             no name.
     """
@@ -114,6 +123,8 @@ def prepare(
     if not script.is_file():
         raise NotFoundError(f"no script {str(script)!r}", "name a Python file, e.g. jobs/train.py")
     folder = (working_dir or _root_of(script)).absolute()
+    if not folder.is_dir():
+        raise NotFoundError(f"no folder {str(folder)!r}", "name one with --working-dir")
     absolute = script.absolute()
     if not absolute.is_relative_to(folder):
         raise ConfigError(f"{str(script)!r} is outside the working directory {str(folder)!r}", "set --working-dir")
@@ -124,7 +135,9 @@ def prepare(
 
 
 def refuse_large(folder: Path, max_mib: float = MAX_MIB) -> None:
-    """Raise ConfigError when too much would be sent; it names the largest files."""
+    """Raise ConfigError when too much would be sent, or what cannot be; it names the files."""
+    if (strange := next(_strange(folder), None)) is not None:
+        raise ConfigError(f"{str(strange)!r} is no file that can be sent", "remove it, or set --working-dir")
     sizes = {path: path.stat().st_size for path in _sent(folder)}
     total = sum(sizes.values()) / 2**20
     if total > max_mib:
@@ -154,8 +167,6 @@ def connect(address: str, token: str | None, timeout_s: float = REQUEST_TIMEOUT_
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, timeout=self.longest_s, **options)
 
-    for name in ("ray.dashboard", "ray._private.runtime_env"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of every file and connection
     headers = {"Authorization": f"Bearer {token}"} if token else None
     hidden = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
     try:
@@ -164,6 +175,8 @@ def connect(address: str, token: str | None, timeout_s: float = REQUEST_TIMEOUT_
     finally:
         os.environ.update(hidden)
     client.longest_s = REQUEST_TIMEOUT_S
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     return client
 
 
@@ -184,7 +197,9 @@ def translated(address: str) -> Iterator[None]:
                 f"the cluster at {address} refuses: no token, or a wrong one",
                 "it is in ~/.modelyard/cluster/token of who started it; set RAY_AUTH_TOKEN, or --token-file",
             ) from error
-        raise UnavailableError(f"the cluster at {address} refused the job: {text.strip()[:500]}", "") from error
+        said = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+        todo = "choose another --id" if "already exists" in said else "see the head's logs"
+        raise UnavailableError(f"the cluster at {address} refused the job: {said[:500]}", todo) from error
 
 
 def start(client: JobSubmissionClient, job: Job, address: str, patience_s: float = 60.0) -> str:
@@ -211,10 +226,17 @@ def start(client: JobSubmissionClient, job: Job, address: str, patience_s: float
             time.sleep(_POLL_S)
 
 
-def follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], None], patience_s: float = 300.0) -> int:
+def follow(
+    client: JobSubmissionClient,
+    job_id: str,
+    write: Callable[[str], None],
+    patience_s: float = 300.0,
+    read: Callable[[], str | None] | None = None,
+) -> int:
     """Write the job's output as it comes, until it ends; returns its exit code.
 
-    A connection that breaks is made anew for up to `patience_s`, and no line is written twice.
+    A connection that breaks is made anew for up to `patience_s`, and no line is written twice. `read` gives all that
+    has been printed, where the dashboard cannot.
 
     Raises:
         UnavailableError: the cluster was silent for longer.
@@ -225,13 +247,16 @@ def follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], None
     heard = time.monotonic()
     while True:
         try:
-            with contextlib.suppress(asyncio.CancelledError):
-                asyncio.run(_tail(client, job_id, output))
+            if read is not None:
+                output.complete(read() or "")
+            else:
+                with contextlib.suppress(asyncio.CancelledError):
+                    asyncio.run(_tail(client, job_id, output))
             info = client.get_job_info(job_id)
             heard = time.monotonic()
             if info.status in ENDED:
                 with contextlib.suppress(RuntimeError):  # they went with their node
-                    output.complete(client.get_job_logs(job_id))
+                    output.complete(client.get_job_logs(job_id) if read is None else read() or "")
                 return _code(info)
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             if time.monotonic() - heard > patience_s:
@@ -248,27 +273,49 @@ def pools_with_nodes(client: JobSubmissionClient, address: str) -> set[str]:
     Raises:
         AccessError, UnavailableError: as `connect`.
     """
-    with translated(address):
-        answer = client._do_request("GET", "/api/v0/nodes?limit=10000")
-    if answer.status_code != 200:
-        return set()
-    nodes = answer.json()["data"]["result"]["result"]
-    return {str(node["labels"].get(POOL)) for node in nodes if node["state"] == "ALIVE" and node.get("labels")}
+    return {str(node["labels"].get(POOL)) for node in _living(client, address) if node.get("labels")}
 
 
-def was_lost(client: JobSubmissionClient, job_id: str, address: str) -> bool:
+def was_lost(client: JobSubmissionClient, job_id: str, address: str, patience_s: float = NODE_LOST_S) -> bool:
     """Whether a job that failed did so with its node, and not by itself.
+
+    Ray can lose sight of a short script whose node lives on, and which ran to its end: that one is not lost. A node
+    that has just died counts as living until Ray has missed it, for which this waits `patience_s`.
 
     Raises:
         AccessError, UnavailableError: as `connect`.
     """
     with translated(address):
         info = client.get_job_info(job_id)
-    return (
-        info.status == "FAILED"
-        and info.driver_exit_code is None
-        and getattr(info.error_type, "value", info.error_type) in LOST
-    )
+    error_type = getattr(info.error_type, "value", info.error_type)
+    if info.status != "FAILED" or info.driver_exit_code is not None or error_type not in LOST:
+        return False
+    deadline = time.monotonic() + patience_s
+    while info.driver_node_id and info.driver_node_id in {node["node_id"] for node in _living(client, address)}:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def why(client: JobSubmissionClient, job_id: str, address: str) -> str:
+    """What Ray says of a job that has failed without an exit code; empty when it has one.
+
+    Raises:
+        AccessError, UnavailableError: as `connect`.
+    """
+    with translated(address):
+        info = client.get_job_info(job_id)
+    return "" if info.driver_exit_code is not None or info.status != "FAILED" else str(info.message or "").strip()
+
+
+def _living(client: JobSubmissionClient, address: str) -> list[dict[str, Any]]:
+    """The nodes that are alive, as the dashboard has them; none when it does not tell."""
+    with translated(address):
+        answer = client._do_request("GET", "/api/v0/nodes?limit=10000")
+    if answer.status_code != 200:
+        return []
+    return [node for node in answer.json()["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
 
 class _Output:
@@ -331,6 +378,15 @@ def _sent(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not _is_excluded(name)]
         yield from (Path(parent) / name for name in files if not _is_excluded(name) and (Path(parent) / name).is_file())
+
+
+def _strange(folder: Path) -> Iterator[Path]:
+    """Pipes, sockets and devices in what would be sent: Ray would wait for them for ever."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_excluded(name)]
+        for path in (Path(parent) / name for name in files if not _is_excluded(name)):
+            if path.exists() and not path.is_file():
+                yield path
 
 
 def _any_excluded(name: Path) -> bool:
