@@ -335,3 +335,88 @@ def test_names_of_variables_are_ascii(tmp_path: Path) -> None:
     refused = run("create", "--folder", str(tmp_path / "made"), "--env", "N\u00c4ME=1")
     assert isinstance(refused.exception, ConfigError)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("variable", sorted(certs.variables(Path("any"))))
+def test_a_setting_cannot_turn_off_what_the_certificates_are_for(tmp_path: Path, variable: str) -> None:
+    refused = run("create", "--folder", str(tmp_path / "made"), "--env", f"{variable}=0")
+    assert isinstance(refused.exception, ConfigError)
+    assert f"--env {variable}" in str(refused.exception)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_relative_folder_is_found_from_everywhere(authority: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(authority.parent)
+    made = run("node", "--folder", authority.name, "--address", "127.0.0.1")
+    assert made.exit_code == 0, made.output
+    script = f". {authority}/node.env; cat $RAY_TLS_SERVER_CERT $RAY_AUTH_TOKEN_PATH; echo $MODELYARD_STORE"
+    text = subprocess.run(["bash", "-ec", script], cwd="/", capture_output=True, text=True, check=True).stdout
+    assert (authority / "node.crt").read_text() + (authority / "token").read_text() in text
+    assert "s3://bucket/it's" in text
+
+
+@pytest.mark.parametrize(("token", "problem"), [(None, "is missing"), (b"", "is empty"), (b" \n", "is empty")])
+def test_a_token_that_is_not_there_is_shown_and_made_anew(authority: Path, token: bytes | None, problem: str) -> None:
+    if token is None:
+        (authority / "token").unlink()
+    else:
+        (authority / "token").write_bytes(token)
+    assert problems(authority) == {"token": problem}
+    assert "modelyard certs rotate --token" in {each.todo for each in certs.inspect(authority)}
+    shown = CliRunner().invoke(modelyard, ["certs", "show", "--folder", str(authority)], standalone_mode=False)
+    assert shown.return_value == 1
+    assert run("rotate", "--token", "--folder", str(authority)).exit_code == 0
+    assert problems(authority) == {}
+    assert certs.token_of(authority)
+
+
+def test_a_node_without_a_token_gets_it_from_where_the_key_is(authority: Path) -> None:
+    folder = node(authority, "one")
+    (folder / "token").unlink()
+    assert [each.todo for each in certs.inspect(folder) if each.problem == "is missing"] == [
+        "modelyard up FILE, from where the cluster was started: it brings the token along"
+    ]
+
+
+@pytest.mark.parametrize("name", certs.SECRET)
+def test_a_secret_that_is_no_file_is_shown(authority: Path, name: str) -> None:
+    certs.issue(authority, LOCAL)
+    (authority / name).unlink(missing_ok=True)
+    (authority / name).mkdir()
+    assert problems(authority)[name] == "is no file"
+
+
+def test_a_new_token_takes_the_place_of_an_empty_folder(authority: Path) -> None:
+    (authority / "token").unlink()
+    (authority / "token").mkdir()
+    certs.rotate(authority, also_token=True)
+    assert problems(authority) == {}
+
+
+def test_a_rotation_is_not_finished_while_this_node_has_a_certificate_of_the_old_authority(authority: Path) -> None:
+    certs.issue(authority, LOCAL)
+    certs.rotate(authority)
+    refused = run("rotate", "--finish", "--folder", str(authority))
+    assert isinstance(refused.exception, ConfigError)
+    assert "still signed by the old authority\n  -> first: modelyard certs node" in str(refused.exception)
+    assert talk(authority, authority) == "welcome"
+    certs.issue(authority, LOCAL)
+    assert run("rotate", "--finish", "--folder", str(authority)).exit_code == 0
+    assert problems(authority) == {}
+
+
+def test_the_last_step_of_a_rotation_makes_no_token(authority: Path) -> None:
+    certs.rotate(authority)
+    before = {path.name: path.read_bytes() for path in authority.iterdir()}
+    refused = run("rotate", "--token", "--finish", "--folder", str(authority))
+    assert isinstance(refused.exception, ConfigError)
+    assert "--token goes with the first step" in str(refused.exception)
+    assert {path.name: path.read_bytes() for path in authority.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x00b", "a\x1b[31m", "a\udcffb"])
+def test_a_name_that_cannot_be_printed_is_refused(tmp_path: Path, name: str) -> None:
+    refused = run("create", "--folder", str(tmp_path / "made"), "--name", name)
+    assert isinstance(refused.exception, ConfigError)
+    assert "cannot be printed" in str(refused.exception)
+    assert not (tmp_path / "made").exists()

@@ -73,6 +73,10 @@ def test_state_is_on_the_disk_unless_a_redis_is_named(tmp_path: Path) -> None:
         ("10.0.0.9", "is no address"),
         ("http://10.0.0.9:6380", "is no address"),
         ("redis://10.0.0.9:6379", "would travel in plain text"),
+        ("rediss://10.0.0.9:0", "there is no such port"),
+        ("rediss://10.0.0.9:65536", "there is no such port"),
+        ("rediss://10.0.0.9:" + "9" * 5000, "there is no such port"),
+        ("rediss://10.0.0.9:\u0663", "is no address"),
     ],
 )
 def test_a_redis_that_cannot_be_used_is_refused_before_anything_is_made(
@@ -83,6 +87,45 @@ def test_a_redis_that_cannot_be_used_is_refused_before_anything_is_made(
     assert isinstance(answer.exception, ConfigError)
     assert problem in str(answer.exception)
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("address", ["rediss://me:hush@10.0.0.9:6380", "me:hush@10.0.0.9", "http://:hush@10.0.0.9:1"])
+@pytest.mark.parametrize("command", [["create", "--redis"], ["redis"]])
+def test_a_password_in_the_address_of_a_redis_is_refused_and_not_shown(
+    address: str, command: list[str], tmp_path: Path
+) -> None:
+    if command == ["redis"]:
+        certs.create(tmp_path)
+    answer = CliRunner().invoke(modelyard, ["certs", *command, address, "--folder", str(tmp_path)])
+    assert isinstance(answer.exception, ConfigError)
+    assert "--redis-password-file" in str(answer.exception)
+    assert "hush" not in f"{answer.exception} {answer.output}"
+    assert not (tmp_path / certs.HEAD_ENV).exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "problem"),
+    [
+        ("--redis-password-file", b"\n", "is empty"),
+        ("--redis-password-file", b"\xff\xfe", "is no text"),
+        ("--redis-ca", b"", "is no certificate"),
+        ("--redis-ca", b"junk", "is no certificate"),
+    ],
+)
+@pytest.mark.parametrize("command", [["create", "--redis"], ["redis"]])
+def test_a_file_that_holds_nothing_for_a_redis_is_refused(
+    option: str, content: bytes, problem: str, command: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "given").write_bytes(content)
+    folder = tmp_path / "folder"
+    if command == ["redis"]:
+        certs.create(folder)
+    words = [*command, "rediss://10.0.0.9:6380", option, str(tmp_path / "given"), "--folder", str(folder)]
+    answer = CliRunner().invoke(modelyard, ["certs", *words])
+    assert isinstance(answer.exception, ConfigError)
+    assert problem in str(answer.exception)
+    assert not (folder / certs.HEAD_ENV).exists()
+    assert folder.exists() == (command == ["redis"])
 
 
 @pytest.mark.parametrize(

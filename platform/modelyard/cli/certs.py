@@ -149,11 +149,18 @@ def node(folder: Path | None, authority: Path | None, addresses: tuple[str, ...]
 
 
 def _password(path: Path | None) -> str:
-    from modelyard.errors import NotFoundError
+    from modelyard.errors import ConfigError, NotFoundError
 
     if path is None:
         return ""
     try:
-        return path.read_text().strip()
+        password = path.read_text().strip()
     except OSError as error:
         raise NotFoundError(f"{str(path)!r} cannot be read: {error}", "name a file that is there") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--redis-password-file {str(path)!r} is no text: {error.reason}", "write UTF-8") from None
+    if not password:
+        raise ConfigError(
+            f"--redis-password-file {str(path)!r} is empty", "write the password into it, or leave the option out"
+        )
+    return password

@@ -20,8 +20,20 @@ from modelyard.errors import ConfigError
 CA_DAYS = 5 * 365
 RENEW_BEFORE_DAYS = 30
 """A certificate is renewed this long before its end, or in the last third of its life when that is shorter."""
+MAX_NAME_BYTES = 64
+"""Of a name in a certificate (X.520)."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a `--name` that no certificate can hold."""
+    if not name.isprintable():
+        raise ConfigError(f"--name {name!r} has a character that cannot be printed", "give letters, digits, - or _")
+    if not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
+        raise ConfigError(
+            f"--name has {len(name.encode())} bytes", f"give a name of 1 to {MAX_NAME_BYTES} characters (ASCII)"
+        )
 
 
 def new_authority(name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

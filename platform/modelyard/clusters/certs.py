@@ -7,6 +7,7 @@ is in the certificate, so a certificate is of no use on another machine.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ipaddress
 import os
@@ -17,12 +18,14 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from modelyard.clusters.authority import (
     Address,
+    check_name,
     common_name,
     days_until,
     fits,
@@ -44,8 +47,7 @@ NODE_CERT, NODE_KEY, NODE_ENV = "node.crt", "node.key", "node.env"
 HEAD_ENV, REDIS_CA = "head.env", "redis-ca.crt"
 """Where the head keeps the cluster's state, and who signed that server's certificate."""
 NODE_DAYS = 365
-MAX_NAME_BYTES = 64
-"""Of a name in a certificate (X.520)."""
+MAX_PORT = 65535
 HEAD_PATIENCE_S = 600
 """How long a node waits for a head that is away, before it gives up and stops."""
 SECRET = (CA_KEY, TOKEN, SETTINGS, NODE_KEY, NODE_ENV, HEAD_ENV)
@@ -105,9 +107,12 @@ def create(folder: Path, name: str = "modelyard", environment: Sequence[tuple[st
         environment: variables for every process of the cluster.
 
     Raises:
-        ConfigError: there is an authority already; or the name is empty or too long.
+        ConfigError: there is an authority already; the name is empty, too long or not printable; or a variable is one
+            of `variables`, which would turn off what the certificates are for.
     """
-    _check_name(name)
+    check_name(name)
+    for variable in variables(folder).keys() & dict(environment):
+        raise ConfigError(f"--env {variable} would undo what {NODE_ENV} sets on every node", "leave it out")
     if (folder / CA_KEY).exists() or (folder / CA_CERT).exists():
         _trusted(folder)
         raise ConfigError(
@@ -135,10 +140,11 @@ def set_redis(folder: Path, name: str, address: str, password: str = "", authori
 
     Raises:
         NotFoundError: the folder holds no authority, or there is no such file.
-        ConfigError: the address cannot be read; or a password would travel in plain text.
+        ConfigError: the address cannot be read, or holds a password; a password would travel in plain text; or that
+            file holds no certificate.
     """
     _trusted(folder)
-    _check_name(name)
+    check_name(name)
     check_redis(address, authority)
     if authority is not None:
         _write(folder / REDIS_CA, _file(authority), 0o644)
@@ -151,10 +157,15 @@ def check_redis(address: str, authority: Path | None = None) -> None:
     """Raise what `set_redis` would raise of these, before anything is written."""
     if authority is not None:
         _file(authority)
+        load(authority, "name with --redis-ca the certificate, as PEM, of who signed that of the Redis")
+    if "@" in address:
+        raise ConfigError("--redis holds a user or a password", "write rediss://HOST:PORT; --redis-password-file")
     scheme, separator, rest = address.partition("://")
     host, colon, port = (rest if separator else address).rpartition(":")
-    if (separator and scheme not in ("redis", "rediss")) or not (host and colon and port.isdigit()):
+    if (separator and scheme not in ("redis", "rediss")) or not (host and colon and port.isascii() and port.isdigit()):
         raise ConfigError(f"--redis {address!r} is no address", "write rediss://HOST:PORT, or HOST:PORT without TLS")
+    if len(port) > len(str(MAX_PORT)) or not 1 <= int(port) <= MAX_PORT:
+        raise ConfigError(f"--redis {address!r}: there is no such port", f"give one from 1 to {MAX_PORT}")
     is_here = host in ("127.0.0.1", "localhost", "[::1]")
     if scheme != "rediss" and not is_here:
         raise ConfigError(
@@ -170,8 +181,14 @@ def rotate(folder: Path, *, is_last_step: bool = False, also_token: bool = False
     (`modelyard up FILE`). Last step: the old authority goes. A first step that was stopped half-way is repeated whole.
 
     Raises:
-        ConfigError: the last step before the first, or the first twice.
+        ConfigError: the last step before the first, or before this folder's node has a certificate of the new
+            authority; the first step twice; or a new token in the last step.
     """
+    if is_last_step and also_token:
+        raise ConfigError(
+            "--token goes with the first step of a rotation, not with --finish",
+            "modelyard certs rotate --finish; then, for a new token: modelyard certs rotate --token",
+        )
     trusted = _trusted(folder)
     is_complete = not _key_problem(folder, trusted)[0]
     if is_last_step:
@@ -180,6 +197,11 @@ def rotate(folder: Path, *, is_last_step: bool = False, also_token: bool = False
         if not is_complete:
             raise ConfigError(
                 f"{CA_KEY} is not the key of the new authority", "first, once more: modelyard certs rotate"
+            )
+        if (folder / NODE_CERT).exists() and not is_signed_by(load(folder / NODE_CERT)[0], trusted[0]):
+            raise ConfigError(
+                f"{str(folder / NODE_CERT)!r} is still signed by the old authority",
+                "first: modelyard certs node here, and modelyard up FILE for every other node",
             )
         _write(folder / CA_CERT, pem(trusted[0]), 0o644)
         return
@@ -222,6 +244,7 @@ def issue(
         ConfigError: the authority has expired; its key is junk, of another one, or can be read by others; the folder
             holds another authority's key; or what is to be forgotten is kept nowhere else.
     """
+    folder = folder.absolute()  # Ray's processes, which read it from the variables, run elsewhere
     source = folder if authority is None or authority.resolve() == folder.resolve() else authority
     trusted = _trusted(source)
     _check_own_key(folder, source, forget=forget)
@@ -280,13 +303,17 @@ def inspect(folder: Path) -> list[Status]:
         found.append(_node_status(folder, trusted))
     for name in SECRET:
         path = folder / name
-        if path.exists():
+        if path.exists() or name == TOKEN:
             problem, todo = "", ""
-            if name == NODE_KEY:
+            if path.exists() and not path.is_file():
+                problem, todo = "is no file", f"remove it, then: {_remade_by(folder, name)}"
+            elif name == NODE_KEY:
                 problem, todo = _node_key_problem(folder)
             elif name == CA_KEY:
                 problem, todo = _key_problem(folder, trusted)
-            if path.stat().st_mode & 0o077:
+            elif name == TOKEN and not (path.exists() and _file(path).strip()):
+                problem, todo = "is empty" if path.exists() else "is missing", _remade_by(folder, name)
+            if path.is_file() and path.stat().st_mode & 0o077:
                 problem, todo = f"mode {path.stat().st_mode & 0o777:04o}: others can read it", f"chmod 600 {path}"
             found.append(Status(path, "secret", (), None, problem, todo))
     return found
@@ -302,6 +329,19 @@ def _node_status(folder: Path, trusted: Sequence[x509.Certificate]) -> Status:
     if not (folder / NODE_KEY).exists():
         return replace(status, problem=f"its key, {NODE_KEY}, is missing", todo="modelyard certs node")
     return status
+
+
+def _remade_by(folder: Path, secret: str) -> str:
+    """The command that makes a secret anew."""
+    if secret == TOKEN and not (folder / CA_KEY).exists():
+        return "modelyard up FILE, from where the cluster was started: it brings the token along"
+    command = {
+        CA_KEY: "certs rotate",
+        TOKEN: "certs rotate --token",
+        SETTINGS: "backup restore",
+        HEAD_ENV: "certs redis",
+    }
+    return f"modelyard {command.get(secret, 'certs node')}"
 
 
 def _node_key_problem(folder: Path) -> tuple[str, str]:
@@ -386,13 +426,6 @@ def _check_own_key(folder: Path, source: Path, *, forget: bool) -> None:
         )
 
 
-def _check_name(name: str) -> None:
-    if not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
-        raise ConfigError(
-            f"--name has {len(name.encode())} bytes", f"give a name of 1 to {MAX_NAME_BYTES} characters (ASCII)"
-        )
-
-
 def _authority_key(folder: Path) -> ec.EllipticCurvePrivateKey:
     path = folder / CA_KEY
     if not path.exists():
@@ -409,13 +442,13 @@ def _authority_key(folder: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _environment(folder: Path) -> str:
-    lines = [f"export {name}={_quoted(value)}" for name, value in variables(folder).items()]
-    path = _quoted(str(folder / SETTINGS))
-    return "\n".join([*lines, f"if [ -f {path} ]; then . {path}; fi", ""])
+    lines = [f"export {name}={quote(value)}" for name, value in variables(folder).items()]
+    path = quote(str(folder / SETTINGS))
+    return "\n".join([f"if [ -f {path} ]; then . {path}; fi", *lines, ""])  # last: nothing else may turn TLS off
 
 
 def _exports(variables: Iterable[tuple[str, str]]) -> bytes:
-    return "".join(f"export {name}={_quoted(value)}\n" for name, value in variables).encode()
+    return "".join(f"export {name}={quote(value)}\n" for name, value in variables).encode()
 
 
 def _file(path: Path) -> bytes:
@@ -423,12 +456,6 @@ def _file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise NotFoundError(f"{str(path)!r} cannot be read: {error}", "name a file that is there") from error
-
-
-def _quoted(value: str) -> str:
-    import shlex
-
-    return shlex.quote(value)
 
 
 def _make_folder(folder: Path) -> None:
@@ -452,6 +479,9 @@ def _close(folder: Path) -> None:
 
 def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace a file at once; nobody else can read it even while it is written."""
+    if path.is_dir():
+        with contextlib.suppress(OSError):
+            path.rmdir()  # an empty one is what a mount of a missing file leaves
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as stream:
