@@ -42,6 +42,7 @@ ALLOWED = {"memory_mib": 60.0, "open_files": 60.0, "processes": 3.0}
 BOUNDS = {
     "RAY_LOG_MONITOR_MAX_OPEN_FILES": "10",  # of logs, a node; 200
     "RAY_grpc_client_idle_timeout_ms": "10000",  # of connections to workers that ended; half an hour
+    "RAY_subscriber_timeout_ms": "20000",  # of connections from workers that ended; five minutes
     "RAY_task_events_max_num_task_in_gcs": "100",  # 100,000
     "RAY_maximum_gcs_destroyed_actor_cached_count": "10",  # 100,000
     "RAY_maximum_gcs_dead_worker_cached_count": "10",  # 1,000

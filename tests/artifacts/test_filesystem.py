@@ -102,12 +102,20 @@ def test_local_paths_and_file_uris_are_the_same_place(tmp_path: Path, monkeypatc
         ("s3:///a", "names no bucket"),
         ("s3://key:secret@bucket/a", "holds a key"),
         ("file://other-host/a", "names the host"),
+        ("file:/a/b", "has one slash after file:\n  -> write file:///a/b"),
+        ("s3:/bucket/a", "has one slash after s3:\n  -> write s3://bucket/a"),
     ],
 )
 def test_uris_that_cannot_work_are_refused_without_leaking_keys(uri: str, claim: str) -> None:
     with pytest.raises(ConfigError, match=claim) as raised:
         resolve(uri)
     assert "secret" not in str(raised.value)
+
+
+def test_a_name_with_a_colon_is_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run:1", "a/b:/c", "./file:/a"):
+        assert local_path(name) == Path(resolve(name)[1]) == tmp_path / name
 
 
 def assert_unreachable(uri: str, seconds: float, *claims: str) -> None:

@@ -6,6 +6,8 @@ import os
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -375,3 +377,112 @@ def test_an_ambiguous_or_empty_name_of_a_snapshot_is_refused(at: Path) -> None:
 def test_a_key_file_that_is_a_folder_is_named(at: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
         backup.verify(str(at), key_file=tmp_path)
+
+
+@pytest.mark.parametrize("command", ["create", "verify", "restore"])
+def test_a_file_uri_with_one_slash_is_refused_before_anything_is_made(
+    command: str, at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    calls = {
+        "create": lambda: backup.create(f"file:{at}"),
+        "verify": lambda: backup.verify(f"file:{at}"),
+        "restore": lambda: backup.restore(str(at), tmp_path / "new", store=f"file:{tmp_path}/artifacts"),
+    }
+    with pytest.raises(ConfigError, match=f"write file://{tmp_path}"):
+        calls[command]()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_restore_prints_variables_that_hold_in_every_folder(
+    at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["backup", "restore", "--at", str(at), "--into", "new home", "--store", "artifacts"]
+    output = CliRunner().invoke(modelyard, words, catch_exceptions=False).output
+    assert f"export MODELYARD_HOME='{tmp_path}/new home' MODELYARD_STORE={tmp_path}/artifacts\n" in output
+
+
+def test_no_key_is_made_for_a_backup_that_has_one_elsewhere(at: Path) -> None:
+    key = settings().home / "backup.key"
+    key.unlink()
+    with pytest.raises(NotFoundError, match=r"no key file .*\n  -> bring it from where the backup was made"):
+        backup.create(str(at))
+    assert not key.exists()
+
+
+def test_files_of_others_among_the_snapshots_are_passed_over(at: Path, tmp_path: Path) -> None:
+    [made] = backup.snapshots(str(at))
+    for name in ("zz-notes.txt", f"{made.name} (copy)", f"{made.name}.partial"):
+        (at / "snapshots" / name).write_text("stray")
+    assert [each.name for each in backup.snapshots(str(at))] == [made.name]
+    assert backup.verify(str(at)).snapshot == made.name
+    assert backup.restore(str(at), tmp_path / "new").snapshot == made.name
+    assert backup.create(str(at)).warnings == ()
+
+
+def test_a_restore_into_a_file_is_refused(at: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"):
+        backup.restore(str(at), tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_restore_into_a_link_to_an_empty_folder_fills_that_folder(at: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    backup.restore(str(at), tmp_path / "link")
+    assert (tmp_path / "real/store/models/abc/weights.bin").read_bytes() == SECRET * 1000
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"format": 1, "salt": 12}', '{"format": 1, "salt": "x"}', "{"])
+def test_a_backup_json_that_says_nothing_is_damaged(at: Path, text: str) -> None:
+    (at / "backup.json").write_text(text)
+    for call in (backup.create, backup.verify):
+        with pytest.raises(IntegrityError, match=r"backup\.json is damaged"):
+            call(str(at))
+
+
+def test_snapshots_without_their_backup_json_are_not_begun_anew(at: Path) -> None:
+    (at / "backup.json").unlink()
+    for call in (backup.create, backup.verify):
+        with pytest.raises(IntegrityError, match=r"backup\.json is missing\n  -> bring it back .*name an empty folder"):
+            call(str(at))
+    assert not (at / "backup.json").exists()
+
+
+@pytest.mark.parametrize("place", ["home", "home/cluster/backup", "artifacts/deep/backup", "link/backup"])
+def test_a_backup_within_what_it_keeps_is_refused(
+    place: str, small_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELYARD_STORE", f"file://{tmp_path}/artifacts")
+    (tmp_path / "link").symlink_to(small_home)
+    before = sorted(small_home.rglob("*"))
+    with pytest.raises(ConfigError, match=r"is in MODELYARD_(HOME|STORE) .* lost with the other"):
+        backup.create(str(tmp_path / place))
+    assert sorted(small_home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("command", "step"), [("create", "put"), ("restore", "get")])
+def test_sigterm_ends_a_command_as_ctrl_c_does(at: Path, tmp_path: Path, command: str, step: str) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from modelyard.backup.repository import Repository\n"
+        "from modelyard.cli.main import main\n"
+        "step, calls = getattr(Repository, sys.argv[1]), []\n"
+        "def stopped(self, content):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return step(self, content)\n"
+        "setattr(Repository, sys.argv[1], stopped)\n"
+        "sys.argv[1:] = sys.argv[2:]\n"
+        "main()\n"
+    )
+    target = [str(tmp_path / "other")] if command == "create" else [str(at), "--into", str(tmp_path / "restored")]
+    words = [sys.executable, "-c", code, step, "backup", command, "--at", *target]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.split()) == (130, ["interrupted"])
+    assert not (tmp_path / "restored").exists()
+    assert not (tmp_path / ".restored.part").exists()
+    assert not (tmp_path / "other" / "snapshots").exists()

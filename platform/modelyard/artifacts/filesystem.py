@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ __all__ = [
 _CHUNK_BYTES = 4 << 20
 _CONNECT_TIMEOUT_S = 2.0
 _S3_ATTEMPTS = 3
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?!/)")
 
 
 def is_local(uri: str | os.PathLike[str]) -> bool:
@@ -50,8 +52,16 @@ def is_local(uri: str | os.PathLike[str]) -> bool:
 
 
 def local_path(uri: str | os.PathLike[str]) -> Path:
-    """The absolute path of a local `uri` (`~` expanded, `file://` decoded)."""
+    """The absolute path of a local `uri` (`~` expanded, `file://` decoded).
+
+    Raises:
+        ConfigError: it names a host, or is a URI with one slash, such as `file:/path`.
+    """
     text = str(uri)
+    if match := _ONE_SLASH.match(text):
+        scheme, rest = match[1], text[match.end() :]
+        right = f"file:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
+        raise ConfigError(f"{text!r} has one slash after {scheme}:", f"write {right}, or ./{text} for a folder here")
     if text.startswith("file://"):
         parts = urllib.parse.urlsplit(text)
         if parts.netloc not in ("", "localhost"):
@@ -64,7 +74,7 @@ def resolve(uri: str | os.PathLike[str]) -> tuple[pafs.FileSystem, str]:
     """The file system behind a path or URI, and the path in it. Opens no connection.
 
     Raises:
-        ConfigError: the scheme is unknown, no bucket is named, or the URI holds a password.
+        ConfigError: the scheme is unknown or has one slash, no bucket is named, or the URI holds a password.
         StorageError: the client cannot be made.
     """
     if is_local(uri):

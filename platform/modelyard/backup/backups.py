@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelyard.artifacts.filesystem import list_files, resolve, translate_errors, upload
+from modelyard.artifacts.filesystem import is_local, list_files, local_path, resolve, translate_errors, upload
 from modelyard.backup.repository import PIECE_BYTES, Entry, Repository, Snapshot
 from modelyard.backup.sources import SECRETS, Source, folders, sources
 from modelyard.config import settings
 from modelyard.errors import ConfigError, InputError, IntegrityError, StorageError
+from modelyard.training.interrupts import terminated_as_interrupted
 
 STORE = "store/"
 
@@ -39,13 +40,19 @@ def default_key_file() -> Path:
     return settings().home / "backup.key"
 
 
+@terminated_as_interrupted()
 def create(uri: str, key_file: Path | None = None) -> Report:
     """Back up this machine's registry, artifacts, scheduler journal and keys. Only what is new is sent.
 
+    A key is made with a new backup only. SIGTERM ends it as Ctrl-C does.
+
     Raises:
-        IntegrityError: the backup at `uri` was made with another key.
+        ConfigError: `uri` is a folder in the home folder or the store.
+        NotFoundError: there is a backup at `uri`, and its key is not here.
+        IntegrityError: the backup at `uri` was made with another key, or its `backup.json` is damaged or missing.
         StorageError: it cannot be reached, or is full.
     """
+    _require_elsewhere(uri)
     repository = Repository(uri, key_file or default_key_file(), make=True)
     repository.clear()
     before, warnings = _before(repository)
@@ -81,24 +88,29 @@ def verify(uri: str, snapshot: str | None = None, key_file: Path | None = None) 
     return Report(chosen.name, len(chosen.files), chosen.size_bytes, chosen.size_bytes, chosen.notes)
 
 
+@terminated_as_interrupted()
 def restore(
     uri: str, into: Path, snapshot: str | None = None, key_file: Path | None = None, store: str | None = None
 ) -> Report:
     """Write a snapshot into an empty folder, which then serves as `MODELYARD_HOME`.
+
+    SIGTERM ends it as Ctrl-C does: nothing of it stays beside `into`.
 
     Args:
         into: made if absent; must hold nothing.
         store: folder or URI for the artifacts; by default `store` in `into`.
 
     Raises:
-        ConfigError: `into` or `store` holds something.
+        ConfigError: `into` or `store` holds something, or `into` is a file.
         IntegrityError: a file is damaged; what was written before it is in `.NAME.part` beside `into`, complete file
             by file, until the next try.
         StorageError: `into` cannot be made.
     """
-    into = into.absolute()
+    into = into.resolve()
     if into.is_mount():
         raise ConfigError(f"{str(into)!r} is the root of a file system", "name a new folder in it")
+    if into.exists() and not into.is_dir():
+        raise ConfigError(f"{str(into)!r} is a file", "name a new folder; nothing is ever overwritten")
     if into.exists() and any(into.iterdir()):
         raise ConfigError(f"{str(into)!r} is not empty", "name a new folder; nothing is ever overwritten")
     if store is not None:
@@ -121,6 +133,22 @@ def snapshots(uri: str, key_file: Path | None = None) -> list[Snapshot]:
     """All snapshots, oldest first; one that cannot be read has a problem and no files."""
     repository = Repository(uri, key_file or default_key_file())
     return [_read(repository, name) for name in repository.names()]
+
+
+def _require_elsewhere(uri: str) -> None:
+    """Refuse a backup that would be lost together with what it keeps."""
+    if not is_local(uri):
+        return
+    at, here = local_path(uri).resolve(), settings()
+    kept = {"MODELYARD_HOME": here.home}
+    if is_local(here.store):
+        kept["MODELYARD_STORE"] = local_path(here.store)
+    for name, folder in kept.items():
+        if at.is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{uri} is in {name} ({folder}), which it backs up: one would be lost with the other",
+                "name a folder on another disk, or a URI such as s3://bucket/prefix",
+            )
 
 
 def _read(repository: Repository, name: str) -> Snapshot:

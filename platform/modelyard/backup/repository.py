@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ PIECE_BYTES = 16 << 20
 STALE_S = 24 * 3600
 """Age at which an unfinished file has no writer any more."""
 _ABOUT, _PIECES, _SNAPSHOTS, _DAMAGED = "backup.json", "pieces", "snapshots", "damaged"
+_SNAPSHOT = re.compile(r"[0-9]{8}T[0-9]{6,12}Z-[0-9a-f]{8}")
+_HEX = re.compile(r"(?:[0-9a-f]{2})+")
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,23 @@ class Repository:
 
         Raises:
             NotFoundError: there is no backup, or no key.
-            IntegrityError: it was made with another key or by a newer Modelyard.
+            IntegrityError: it was made with another key or by a newer Modelyard, or `backup.json` is damaged or gone.
             StorageError: it cannot be reached.
         """
         self.uri = uri
         self._fs, self._root = resolve(uri)
         with translate_errors(uri):
-            about = self._about(make)
-            self.sealer = Sealer.of(master_key(key_file, bytes.fromhex(about["salt"]), make=make))
-            self._check_key(about, make)
-            found = list_files(self._fs, f"{self._root}/{_PIECES}") if not make or about.get("check") else {}
+            known = self._about()
+            if known is None and not make:
+                raise NotFoundError(f"no backup at {uri}", "modelyard backup create --at URI makes one")
+            about = known or {"format": FORMAT, "salt": secrets.token_hex(16)}
+            self.sealer = Sealer.of(master_key(key_file, bytes.fromhex(about["salt"]), make=known is None))
+            if known is None:
+                about["check"] = self.sealer.seal(_ABOUT, b"modelyard").hex()
+                write_bytes(self._fs, f"{self._root}/{_ABOUT}", json.dumps(about).encode())
+            else:
+                self._check_key(known)
+            found = list_files(self._fs, f"{self._root}/{_PIECES}") if known else {}
         self.pieces = {name.rpartition("/")[2]: size for name, size in found.items()}
 
     def has(self, entry: Entry) -> bool:
@@ -153,7 +163,7 @@ class Repository:
         """All snapshots, oldest first."""
         with translate_errors(self.uri):
             found = list_files(self._fs, f"{self._root}/{_SNAPSHOTS}")
-        return sorted(name for name in found if not name.startswith("."))
+        return sorted(name for name in found if _SNAPSHOT.fullmatch(name))
 
     def write(
         self, files: Mapping[str, Entry], notes: tuple[str, ...], folders: Mapping[str, int] | None = None
@@ -199,32 +209,34 @@ class Repository:
             raise ConfigError(f"{len(found)} snapshots begin with {name}", f"name one of: {', '.join(found)}")
         return name if name in found else found[-1]
 
-    def _about(self, make: bool) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any] | None:
+        """What `backup.json` says; None when there is no backup yet."""
         path = f"{self._root}/{_ABOUT}"
         try:
-            about: dict[str, Any] = json.loads(read_bytes(self._fs, path))
+            about = json.loads(read_bytes(self._fs, path))
         except FileNotFoundError:
-            if not make:
-                raise NotFoundError(f"no backup at {self.uri}", "modelyard backup create --at URI makes one") from None
-            return {"format": FORMAT, "salt": secrets.token_hex(16)}
+            if self.names():
+                todo = f"bring it back from a copy, or name an empty folder for a new backup: {path} held the salt"
+                raise IntegrityError(f"{self.uri} holds snapshots, but its {_ABOUT} is missing", todo) from None
+            return None
         except ValueError:
-            raise IntegrityError(
-                f"{path} is damaged", "restore it from a copy: without its salt nothing opens"
-            ) from None
-        if about.get("format") != FORMAT:
-            raise IntegrityError(f"the backup at {self.uri} has format {about.get('format')}", "use a newer Modelyard")
+            about = None
+        if isinstance(about, dict) and about.get("format", FORMAT) != FORMAT:
+            raise IntegrityError(f"the backup at {self.uri} has format {about['format']}", "use a newer Modelyard")
+        if not isinstance(about, dict) or not all(_is_hex(about.get(key)) for key in ("salt", "check")):
+            raise IntegrityError(f"{path} is damaged", "restore it from a copy: without its salt nothing opens")
         return about
 
-    def _check_key(self, about: dict[str, Any], make: bool) -> None:
-        if "check" in about:
-            try:
-                self.sealer.open(_ABOUT, bytes.fromhex(about["check"]))
-            except IntegrityError:
-                todo = "give the key file or the passphrase it was made with"
-                raise IntegrityError(f"the backup at {self.uri} was made with another key", todo) from None
-        elif make:
-            about = {**about, "check": self.sealer.seal(_ABOUT, b"modelyard").hex()}
-            write_bytes(self._fs, f"{self._root}/{_ABOUT}", json.dumps(about).encode())
+    def _check_key(self, about: Mapping[str, Any]) -> None:
+        try:
+            self.sealer.open(_ABOUT, bytes.fromhex(about["check"]))
+        except IntegrityError:
+            todo = "give the key file or the passphrase it was made with"
+            raise IntegrityError(f"the backup at {self.uri} was made with another key", todo) from None
 
     def _piece(self, name: str) -> str:
         return f"{self._root}/{_PIECES}/{name[:2]}/{name}"
+
+
+def _is_hex(value: object) -> bool:
+    return isinstance(value, str) and _HEX.fullmatch(value) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,9 +62,13 @@ def verify(uri: str, key_file: Path | None, snapshot: str | None) -> None:
 def restore(uri: str, key_file: Path | None, snapshot: str | None, into: Path, store: str | None) -> None:
     """Write a snapshot into a new folder. Nothing is overwritten."""
     from modelyard import backup as backups
+    from modelyard.artifacts.filesystem import is_local, local_path
 
     _say("restored:", backups.restore(uri, into, snapshot, key_file, store), "read")
-    click.echo(f"use it: export MODELYARD_HOME={into}" + (f" MODELYARD_STORE={store}" if store else ""))
+    variables = {"MODELYARD_HOME": str(into.absolute())}
+    if store is not None:
+        variables["MODELYARD_STORE"] = str(local_path(store)) if is_local(store) else store
+    click.echo("use it: export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items()))
 
 
 @backup.command("list")
