@@ -75,7 +75,9 @@ def _cluster_findings(address: str | None) -> list[Finding]:
     here, found = laptop.current(), _ray_cluster()
     url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or (here.dashboard if here else "http://127.0.0.1:8265")
     gcs = here.address if here else found.address if found and found.reachable and "://" not in found.address else ""
-    return doctor_cluster.findings(doctor_cluster.gather(url, gcs, is_one_machine=here is not None, is_named=address is not None))
+    return doctor_cluster.findings(
+        doctor_cluster.gather(url, gcs, is_one_machine=here is not None, is_named=address is not None)
+    )
 
 
 def _print(findings: list[Finding]) -> None:
