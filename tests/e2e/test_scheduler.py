@@ -156,7 +156,7 @@ def test_thirty_jobs_on_three_pools_all_end_though_the_scheduler_and_a_node_are_
     config = token_config(
         training={"max_steps": steps, "global_batch_size": BATCH, "micro_batch_size": 24, "zero_stage": 1},
         checkpoint={"every_steps": 50},
-        workers={"min": 1, "max": 2, "cpus": 1},
+        workers={"min": 1, "max": 4, "cpus": 1},
         lease={"tenant": "text"},
     )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
