@@ -1,7 +1,7 @@
 # make demo    train, evaluate, register and ask a small model (sets up .venv first)
 # make test    every check and every test; those on hosts of network namespaces only as root, with sshd, rsync,
 #              iproute2 and nftables
-# make check   format, lint, types, import directions, unit tests: under three minutes
+# make check   format, lint, types, import directions, unit tests: some three minutes
 # make setup   .venv alone; made anew when pyproject.toml changes
 # make format  rewrite the code in the house style
 # make clean   remove caches and build products; .venv stays

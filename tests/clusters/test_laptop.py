@@ -224,6 +224,21 @@ sys.exit(7)
 """
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_up_that_is_told_to_end_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    here, short = Laptop(tmp_path_factory.mktemp("ended")), tmp_path_factory.mktemp("e")
+    words = [MODELYARD, "up", "--pool", "cpu=1", "--temp-dir", str(short)]
+    with subprocess.Popen(words, env=here.environment, stderr=subprocess.PIPE, text=True) as starting:
+        until("the first node starts", lambda: (here.folder / "home" / "laptop.json").exists() and here.processes(), 60)
+        begun = here.processes()
+        starting.terminate()
+        said = starting.communicate(timeout=120)[1]
+    assert (starting.returncode, "interrupted" in said) == (130, True), said
+    assert [process for process in begun if _runs(process)] == []
+    assert not (here.folder / "home" / "laptop.json").exists()
+
+
 class TestRunning:
     """One real cluster for all of these; the last one stops it."""
 

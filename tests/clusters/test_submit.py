@@ -77,6 +77,9 @@ def test_a_pipe_in_the_working_directory_is_refused_for_it_would_be_waited_for(r
     os.mkfifo(repository / "pipe")
     with pytest.raises(ConfigError, match="pipe' is no file that can be sent"):
         submit.prepare(repository / "jobs" / "train.py", [])
+    subprocess.run(["git", "init", "-q", str(repository)], check=True)
+    (repository / ".gitignore").write_text("pipe\n")
+    submit.prepare(repository / "jobs" / "train.py", [])
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
@@ -228,9 +231,10 @@ def test_a_job_of_which_ray_lost_sight_is_not_sent_again_while_its_node_lives(mo
     client.living = ["n1", "n2"]
     assert not submit.was_lost(client, "job", "http://x", patience_s=0.05)
     assert submit.why(client, "job", "http://x") == "Ray says so"
-    seen = iter([["n1"], ["n1"], []])
-    monkeypatch.setattr(submit, "_living", lambda *_: [{"node_id": node} for node in next(seen)])
+    seen: Any = iter([[{"node_id": "n1"}], None, [{"node_id": "n1"}], []])
+    monkeypatch.setattr(submit, "_living", lambda *_: next(seen))
     assert submit.was_lost(client, "job", "http://x"), "a node that has just died is waited for"
+    assert next(seen, "read to the end") == "read to the end"
 
 
 @pytest.mark.parametrize(("status", "expected"), [(200, {"cpu"}), (500, set())])

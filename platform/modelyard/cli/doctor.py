@@ -73,10 +73,11 @@ def _cluster_findings(address: str | None) -> list[Finding]:
     from modelyard.clusters import laptop
 
     here, found = laptop.current(), _ray_cluster()
-    url = address or os.environ.get("RAY_API_SERVER_ADDRESS") or (here.dashboard if here else "http://127.0.0.1:8265")
+    named = address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    url = named or (here.dashboard if here else "http://127.0.0.1:8265")
     gcs = here.address if here else found.address if found and found.reachable and "://" not in found.address else ""
     return doctor_cluster.findings(
-        doctor_cluster.gather(url, gcs, is_one_machine=here is not None, is_named=address is not None)
+        doctor_cluster.gather(url, gcs, is_one_machine=here is not None, is_named=named is not None)
     )
 
 

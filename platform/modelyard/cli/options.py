@@ -22,7 +22,7 @@ from modelyard.errors import ConfigError
 
 
 class Seconds(click.FloatRange):
-    """A length of time: a number above `min` (0 itself only when `from_zero`), and finite."""
+    """A length of time: a finite number above 0, or 0 itself when `from_zero`."""
 
     name = "seconds"
 

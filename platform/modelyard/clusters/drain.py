@@ -107,7 +107,7 @@ def drain(
             say(f"still there: {left}")
             last = str(left)
         if time.monotonic() > deadline:
-            what = f"node {node.node_id[:12]} to be empty; it holds {left}, takes nothing new, and Ray ends it now"
+            what = f"node {node.node_id[:12]} to be empty; it holds {left}, takes nothing new, and Ray ends it"
             raise WaitTimeoutError(what, deadline_s, "--deadline-s")
         time.sleep(POLL_S)
 

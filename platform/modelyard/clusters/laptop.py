@@ -204,7 +204,8 @@ def current() -> Laptop | None:
         stored = json.loads(_state_file().read_text())
         nodes = tuple(LogicalNode(**node) for node in stored.pop("nodes"))
         laptop = Laptop(**stored, nodes=nodes)
-        laptop.address.partition(":")
+        if not all(isinstance(value, str) for value in stored.values()):
+            raise TypeError("text is expected")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

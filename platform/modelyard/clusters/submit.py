@@ -136,7 +136,7 @@ def prepare(
 
 def refuse_large(folder: Path, max_mib: float = MAX_MIB) -> None:
     """Raise ConfigError when too much would be sent, or what cannot be; it names the files."""
-    if (strange := next(_strange(folder), None)) is not None:
+    for strange in _strange(folder):
         raise ConfigError(f"{str(strange)!r} is no file that can be sent", "remove it, or set --working-dir")
     sizes = {path: path.stat().st_size for path in _sent(folder)}
     total = sum(sizes.values()) / 2**20
@@ -273,7 +273,7 @@ def pools_with_nodes(client: JobSubmissionClient, address: str) -> set[str]:
     Raises:
         AccessError, UnavailableError: as `connect`.
     """
-    return {str(node["labels"].get(POOL)) for node in _living(client, address) if node.get("labels")}
+    return {str(node["labels"].get(POOL)) for node in _living(client, address) or () if node.get("labels")}
 
 
 def was_lost(client: JobSubmissionClient, job_id: str, address: str, patience_s: float = NODE_LOST_S) -> bool:
@@ -291,11 +291,13 @@ def was_lost(client: JobSubmissionClient, job_id: str, address: str, patience_s:
     if info.status != "FAILED" or info.driver_exit_code is not None or error_type not in LOST:
         return False
     deadline = time.monotonic() + patience_s
-    while info.driver_node_id and info.driver_node_id in {node["node_id"] for node in _living(client, address)}:
+    while True:
+        living = _living(client, address)
+        if living is not None and info.driver_node_id not in {node["node_id"] for node in living}:
+            return True
         if time.monotonic() > deadline:
-            return False
+            return living is None  # nobody knows: then Ray's word counts
         time.sleep(_POLL_S)
-    return True
 
 
 def why(client: JobSubmissionClient, job_id: str, address: str) -> str:
@@ -309,12 +311,12 @@ def why(client: JobSubmissionClient, job_id: str, address: str) -> str:
     return "" if info.driver_exit_code is not None or info.status != "FAILED" else str(info.message or "").strip()
 
 
-def _living(client: JobSubmissionClient, address: str) -> list[dict[str, Any]]:
-    """The nodes that are alive, as the dashboard has them; none when it does not tell."""
+def _living(client: JobSubmissionClient, address: str) -> list[dict[str, Any]] | None:
+    """The nodes that are alive, as the dashboard has them; None when it does not tell."""
     with translated(address):
         answer = client._do_request("GET", "/api/v0/nodes?limit=10000")
     if answer.status_code != 200:
-        return []
+        return None
     return [node for node in answer.json()["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
 
@@ -385,8 +387,17 @@ def _strange(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not _is_excluded(name)]
         for path in (Path(parent) / name for name in files if not _is_excluded(name)):
-            if path.exists() and not path.is_file():
+            if path.exists() and not path.is_file() and not _is_ignored(folder, path):
                 yield path
+
+
+def _is_ignored(folder: Path, path: Path) -> bool:
+    """Whether a .gitignore names it."""
+    words = ["git", "-C", str(folder), "check-ignore", "--quiet", str(path)]
+    try:
+        return subprocess.run(words, capture_output=True, check=False, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _any_excluded(name: Path) -> bool:
