@@ -141,13 +141,13 @@ def test_each_round_of_a_schedule_is_a_run_of_the_training_core_and_zeros_stay(
     registry: Registry,
 ) -> None:
     model, dataset = registered(language, "tiny")
-    step = {"kind": "prune", "sparsity": 0.7, "rounds": 2, "training": _training()}
+    step = {"kind": "prune", "sparsity": 0.7, "rounds": 3, "training": _training()}
     recipe = {"name": "tiny-rounds", "dataset": dataset, "steps": [step], "measuring": QUICK}
     done = compress(model, Recipe.model_validate(recipe))
     versions = sorted(version.version for version in registry.versions("model", "tiny-rounds-steps"))
-    assert versions == [1, 2, 3, 4]  # pruned, trained, twice
-    for number in (1, 2):
-        wanted = 1 - sparsity_after(number, 2, 0.7)
+    assert versions == [1, 2, 3, 4, 5, 6]  # pruned, trained, three times
+    for number in (1, 2, 3):
+        wanted = 1 - sparsity_after(number, 3, 0.7)
         for version in (2 * number - 1, 2 * number):
             _, stage = load_model(registry.open(f"models:/tiny-rounds-steps/{version}")[1])
             for module in prunable(stage).values():
@@ -157,4 +157,4 @@ def test_each_round_of_a_schedule_is_a_run_of_the_training_core_and_zeros_stay(
         for version in versions
     ]
     assert all(trained < pruned for pruned, trained in zip(losses[::2], losses[1::2], strict=True))
-    assert len([note for note in done.notes if "steps of training" in note]) == 2
+    assert len([note for note in done.notes if "steps of training" in note]) == 3

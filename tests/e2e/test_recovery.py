@@ -95,6 +95,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_of_the_step_it_was_at(
     start_driver: Callable[..., Any], config_file: Path
 ) -> None:
     """By Ctrl-C, then by SIGTERM; at ZeRO-2."""
+    calm = start_driver(config_file, "calm", "--run=calm").result()
     rarely = ("--run=told", "--checkpoint.every_steps=1000")
     for number, step in ((signal.SIGINT, 8), (signal.SIGTERM, 20)):
         driver = start_driver(config_file, number.name, *rarely)
@@ -107,6 +108,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_checkpoint_of_the_step_it_was_at(
 
     (resumed,) = end.records("start")
     assert resumed["step"] >= 20
+    assert told["losses"] == pytest.approx(calm["losses"], abs=TOLERANCE)
     assert told["samples"] == SampleOrder(90, 0).sample_ids(np.arange(STEPS * 96)).tolist()
 
 

@@ -186,9 +186,9 @@ def test_trials_below_the_median_of_the_others_are_stopped(study: Callable[..., 
 def test_two_objectives_make_a_front_of_quality_against_size(study: Callable[..., Any]) -> None:
     objectives = [{"metric": "perplexity", "mode": "min"}, {"metric": "parameters", "mode": "min"}]
     space = {"task.model.layers": [1, 2], "optimizer.learning_rate": [0.01, 1e-6]}
-    done = tune(study(space, 12, 4, trials=4, objectives=objectives, search={"kind": "tpe"}), progress=False)
+    done = tune(study(space, 12, 4, trials=6, objectives=objectives, search={"kind": "tpe"}), progress=False)
 
-    assert [trial.status for trial in done.trials] == [TrialStatus.DONE] * 4
+    assert [trial.status for trial in done.trials] == [TrialStatus.DONE] * 6
     figures = [tuple(trial.value(objective) for objective in done.config.objectives) for trial in done.trials]
     front = {figure for figure in figures if not any(b[0] < figure[0] and b[1] <= figure[1] for b in figures)}
     assert {tuple(trial.value(objective) for objective in done.config.objectives) for trial in done.best} <= front
